@@ -1,0 +1,566 @@
+"""
+Gated attention in one file: a small GPT in plain PyTorch, to be read from top to bottom.
+
+The idea ("Gated Attention for Large Language Models", arXiv 2505.06708): a head of softmax attention cannot say
+"nothing here", because its weights sum to one. So it learns to park them on the first token, the attention sink.
+Multiply what attention returns by a gate that looks at the current token,
+
+    Y' = Y * sigmoid(X W)
+
+and a head can close instead. The sink goes, the activations that carry it shrink, training is steadier.
+
+Reading order: GPTConfig -> Gate -> Attention.forward, where all five places of a gate stand on one screen -> Block
+-> GPT -> measure, which reads the sink from outside through hooks.
+
+Names, in the shapes below and in the paper:
+    B, T   batch, time (tokens in a window)      C    channels, n_embd (the paper's d_model)
+    nh     query heads, n_head (q)               nkv  key/value heads, n_kv_head (k)
+    hs     channels of one head, head_dim (d_k)  V    vocab_size
+    x      input of attention after the pre-norm, (B, T, C): the paper's X, which makes q, k, v and the gate
+    y      what a gate multiplies: the paper's Y
+    G1     gate on the SDPA output, per head, before o_proj: the paper's choice
+    G2, G3, G4   gates on the values, keys, queries;  G5   gate on the output of o_proj
+"""
+import dataclasses
+import math
+import os
+import pickle
+import zlib
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, get_args, get_origin
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class GPTConfig:
+    """The shape of the model. A field is a flag of train.py, and its comment is the flag's help.
+
+    Raises ValueError, with the values and the rule, when fields contradict each other.
+    """
+    # --- model ---
+    vocab_size: int | None = None  # tokens the model knows; taken from the data when unsaid
+    block_size: int = 256  # T: tokens in a window, the BOS token in front included
+    n_layer: int = 4  # number of blocks
+    n_head: int = 4  # query heads per layer
+    n_kv_head: int | None = None  # key/value heads (grouped-query attention); default n_head
+    n_embd: int = 128  # C: width of the residual stream
+    head_dim: int | None = None  # channels of a head, even; default n_embd / n_head
+    mlp_hidden: int | None = None  # width inside the SwiGLU; default 8/3 n_embd, rounded to a multiple of 16
+    rope_base: float = 10000.0  # base of the rotary embedding's wavelengths
+    qk_norm: bool = True  # RMSNorm on each head's queries and keys, before RoPE
+    norm: Literal["pre", "sandwich"] = "pre"  # sandwich: normalise each branch's output too (paper, Table 2)
+    norm_eps: float = 1e-6  # added to the mean square inside RMSNorm
+    tie_embeddings: bool = True  # the output head is the embedding matrix, transposed
+    dropout: float = 0.0  # on the embedding and on each branch's output, while training
+    # --- gate ---
+    gate: Literal["none", "g1", "g2", "g3", "g4", "g5"] = "g1"  # where the gate sits; g1: on the SDPA output
+    gate_kind: Literal["elementwise", "headwise"] = "elementwise"  # one score per channel, or one per head
+    gate_share: bool = False  # average the scores over the heads and use the mean in each (head-shared)
+    gate_act: Literal["sigmoid", "ns_sigmoid", "silu", "identity"] = "sigmoid"  # from x W to the score
+    gate_op: Literal["multiply", "add"] = "multiply"  # how the score meets y
+    gate_input: bool = True  # off: scores are learned constants that do not see x (input-independent)
+    sdpa_norm: bool = False  # no gate, but an RMSNorm on each head's SDPA output (Table 3)
+    sdpa_silu: bool = False  # no gate, but a SiLU on the SDPA output (Table 3)
+    # --- mixture of experts ---
+    n_expert: int = 0  # experts in place of each MLP; 0: dense
+    n_expert_active: int = 2  # experts that each token goes through
+    expert_hidden: int | None = None  # width inside an expert; default mlp_hidden / n_expert_active
+    balance_loss: float = 0.01  # weight of the load-balancing loss
+    router_z_loss: float = 0.001  # weight of the router z-loss
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            value, choices = getattr(self, f.name), get_args(f.type)
+            if get_origin(f.type) is Literal and value not in choices:
+                raise ValueError(f"{f.name}={value!r} is not one of {', '.join(choices)}")
+            if f.type in (int, int | None) and value is not None and value < (f.name != "n_expert"):
+                raise ValueError(f"{f.name}={value} must be at least {int(f.name != 'n_expert')}")
+        if self.n_kv_head is None:
+            self.n_kv_head = self.n_head
+        if self.head_dim is None:
+            if self.n_embd % self.n_head:
+                raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: "
+                                 "change one of them, or set head_dim")
+            self.head_dim = self.n_embd // self.n_head
+        if self.mlp_hidden is None:
+            self.mlp_hidden = max(16, 16 * round(self.n_embd * 8 / 3 / 16))
+        if self.expert_hidden is None:  # as many active parameters as the dense MLP; grouped_mm wants 8s
+            self.expert_hidden = max(8, 8 * round(self.mlp_hidden / self.n_expert_active / 8))
+        self._refuse_contradictions()
+
+    def _refuse_contradictions(self):
+        def refuse(wrong, message):
+            if wrong:
+                raise ValueError(message)
+
+        headwise, at_qk = self.gate_kind == "headwise", self.gate in ("g3", "g4")
+        refuse(self.block_size < 2, f"block_size={self.block_size} must be at least 2: BOS and one token")
+        refuse(self.head_dim % 2, f"head_dim={self.head_dim} is odd, but RoPE rotates channels in pairs: "
+                                  "choose an even head_dim (n_embd / n_head when unsaid)")
+        refuse(self.n_head % self.n_kv_head, f"n_head={self.n_head} is not a multiple of "
+               f"n_kv_head={self.n_kv_head}: each key/value head serves equally many query heads")
+        refuse(headwise and at_qk and self.qk_norm,
+               f"gate_kind=headwise with gate={self.gate} and qk_norm on: QK-norm divides each head by its own "
+               "length and so cancels one factor per head; use elementwise, or --no-qk_norm")
+        refuse(self.gate == "g5" and (headwise or self.gate_share),
+               f"gate=g5 with gate_kind={self.gate_kind}, gate_share={self.gate_share}: behind o_proj there are "
+               "no heads any more; g5 is elementwise and not shared")
+        refuse(headwise and self.gate_share, "gate_kind=headwise with gate_share: one score per head cannot be "
+               "one for all heads; choose one of the two")
+        refuse(not 0 <= self.dropout < 1, f"dropout={self.dropout} must be at least 0 and below 1")
+        refuse(not (self.norm_eps > 0 and self.rope_base > 0),
+               f"norm_eps={self.norm_eps} and rope_base={self.rope_base} must be above 0")
+        refuse(self.n_expert and self.n_expert_active > self.n_expert, f"n_expert_active={self.n_expert_active} "
+               f"is more than n_expert={self.n_expert}: a token can't visit an expert twice")
+        refuse(self.n_expert and (self.n_embd % 8 or self.expert_hidden % 8), f"n_embd={self.n_embd} and "
+               f"expert_hidden={self.expert_hidden} must be multiples of 8 with experts (grouped_mm's alignment)")
+        refuse(min(self.balance_loss, self.router_z_loss) < 0,
+               f"balance_loss={self.balance_loss} and router_z_loss={self.router_z_loss} must not be negative")
+
+    @property
+    def variant(self):
+        """A short name for the gate, such as none, g1, g1-headwise, g1-add-silu."""
+        said = [self.gate]
+        if self.gate != "none":
+            said += [self.gate_kind] * (self.gate_kind != "elementwise") + ["shared"] * self.gate_share
+            said += ["add"] * (self.gate_op == "add") + [self.gate_act] * (self.gate_act != "sigmoid")
+            said += ["no_input"] * (not self.gate_input)
+        return "-".join(said + ["sdpa_norm"] * self.sdpa_norm + ["sdpa_silu"] * self.sdpa_silu)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The gate, and the attention it sits in
+
+
+class Gate(nn.Module):
+    """How a score is computed, and how it meets y. Where it sits is Attention's business.
+
+    y has the trailing shape `heads`: (nh, hs) at G1 and G4, (nkv, hs) at G2 and G3, (C,) at G5. At the start of
+    training x W is near 0, so a sigmoid score is near 0.5: half open everywhere (paper, sections 2.2 and 4).
+    """
+    ACTIVATIONS = {
+        "sigmoid": torch.sigmoid,  # 0..1: may close
+        "ns_sigmoid": lambda z: 0.5 + 0.5 * torch.sigmoid(z),  # "non-sparse", 0.5..1: can't close (Table 4)
+        "silu": F.silu,
+        "identity": lambda z: z,
+    }
+
+    def __init__(self, config, heads):
+        super().__init__()
+        self.heads = (heads[0], 1) if config.gate_kind == "headwise" else heads
+        self.share, self.op, self.act = config.gate_share, config.gate_op, self.ACTIVATIONS[config.gate_act]
+        if config.gate_input:
+            self.gate_proj = nn.Linear(config.n_embd, math.prod(self.heads), bias=False)  # the paper's W
+        else:
+            self.constant = nn.Parameter(torch.zeros(math.prod(self.heads)))
+
+    def score(self, x):
+        """(B, T, C) -> (B, T, *heads), where hs is 1 when headwise and nh is 1 when head-shared."""
+        z = self.gate_proj(x) if hasattr(self, "gate_proj") else self.constant.expand(*x.shape[:2], -1)
+        score = self.act(z.unflatten(-1, self.heads))
+        # Head-shared is no smaller projection: all scores are made, then averaged over the heads (Table 1, row 12).
+        return score.mean(-2, keepdim=True) if self.share else score
+
+    def forward(self, y, x):
+        return y * self.score(x) if self.op == "multiply" else y + self.score(x)
+
+
+def rope_table(config):
+    """cos and sin of position * frequency, each (block_size, 1, hs/2), for the half-split form of RoPE."""
+    frequency = config.rope_base ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)  # (hs/2,)
+    angle = torch.arange(config.block_size)[:, None, None] * frequency  # the 1 in the middle: same in every head
+    return angle.cos(), angle.sin()
+
+
+def rope(x, cos, sin):
+    """Rotate channel i and channel i + hs/2 of x (B, T, heads, hs) by the angle of their position."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
+
+
+class SDPA(nn.Module):
+    """softmax(q k^T / sqrt(hs)) v, causal. A module of its own so that a hook can read what goes in."""
+
+    def forward(self, q, k, v, mask=None):
+        """q (B, T, nh, hs); k and v (B, S, nkv, hs), S = T unless a mask (T, S) says who sees whom."""
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # the kernel wants heads before time
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        return y.transpose(1, 2)  # (B, T, nh, hs)
+
+
+class KVCache:
+    """Keys and values of every layer for up to block_size tokens, allocated once and filled as the text grows.
+
+    `positions` (T,) says where in the window the tokens of the coming forward stand; GPT.stream moves it on.
+    """
+
+    def __init__(self, model, batch):
+        c = model.config
+        size = (2, c.n_layer, batch, c.block_size, c.n_kv_head, c.head_dim)
+        self.k, self.v = model.embed.weight.new_zeros(size)  # each (n_layer, B, block_size, nkv, hs)
+        self.positions = None
+
+    def extend(self, layer, k, v):
+        """Store k and v (B, T, nkv, hs) of one layer; return all (B, S, nkv, hs) and the causal mask (T, S)."""
+        self.k[layer].index_copy_(1, self.positions, k)
+        self.v[layer].index_copy_(1, self.positions, v)
+        # A CPU reads the filled part only; a GPU reads it all, so that no shape changes and nothing recompiles.
+        S = int(self.positions[-1]) + 1 if k.is_cpu else self.k.size(2)
+        mask = torch.arange(S, device=k.device) <= self.positions[:, None]
+        return self.k[layer, :, :S], self.v[layer, :, :S], mask
+
+
+class Attention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        C, nh, nkv, hs = config.n_embd, config.n_head, config.n_kv_head, config.head_dim
+        self.layer, self.gate_at = layer, config.gate
+        self.heads, self.kv_heads = (nh, hs), (nkv, hs)
+        self.q_proj = nn.Linear(C, nh * hs, bias=False)
+        self.k_proj = nn.Linear(C, nkv * hs, bias=False)
+        self.v_proj = nn.Linear(C, nkv * hs, bias=False)
+        self.o_proj = nn.Linear(nh * hs, C, bias=False)
+        self.q_norm = nn.RMSNorm(hs, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(hs, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.sdpa = SDPA()
+        self.sdpa_norm = nn.RMSNorm(hs, config.norm_eps) if config.sdpa_norm else nn.Identity()
+        self.sdpa_silu = nn.SiLU() if config.sdpa_silu else nn.Identity()
+        if config.gate != "none":
+            y_shape = {"g1": (nh, hs), "g2": (nkv, hs), "g3": (nkv, hs), "g4": (nh, hs), "g5": (C,)}
+            self.gate = Gate(config, y_shape[config.gate])
+
+    def forward(self, x, cos, sin, cache=None):
+        q = self.q_proj(x).unflatten(-1, self.heads)  # (B, T, nh, hs)
+        k = self.k_proj(x).unflatten(-1, self.kv_heads)  # (B, T, nkv, hs)
+        v = self.v_proj(x).unflatten(-1, self.kv_heads)  # (B, T, nkv, hs)
+        if self.gate_at == "g4": q = self.gate(q, x)  # G4: the queries
+        if self.gate_at == "g3": k = self.gate(k, x)  # G3: the keys
+        if self.gate_at == "g2": v = self.gate(v, x)  # G2: the values
+        q, k = rope(self.q_norm(q), cos, sin), rope(self.k_norm(k), cos, sin)
+        k, v, mask = cache.extend(self.layer, k, v) if cache else (k, v, None)
+        y = self.sdpa(q, k, v, mask)  # (B, T, nh, hs)
+        y = self.sdpa_silu(self.sdpa_norm(y))  # Table 3's two non-gates; the identity unless asked for
+        if self.gate_at == "g1": y = self.gate(y, x)  # G1: the SDPA output, the paper's choice
+        y = self.o_proj(y.flatten(2))  # (B, T, C)
+        if self.gate_at == "g5": y = self.gate(y, x)  # G5: the output of o_proj
+        return y
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The rest of the model
+
+
+class MLP(nn.Module):
+    """SwiGLU: a feed-forward layer that has had a gate of its own all along."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.n_embd, config.mlp_hidden, bias=False)
+        self.up_proj = nn.Linear(config.n_embd, config.mlp_hidden, bias=False)
+        self.down_proj = nn.Linear(config.mlp_hidden, config.n_embd, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class MoE(nn.Module):
+    """Mixture of experts: softmax top-k routing over SwiGLU experts; no token is dropped. Needs torch 2.10.
+
+    Tokens are sorted by expert, so that each expert's rows are contiguous and one grouped matrix product serves
+    all experts. `router_loss` holds what the last forward adds to the training loss, weights included: the
+    load-balancing loss of Switch Transformers (arXiv 2101.03961, eq. 4) and the z-loss of ST-MoE (2202.08906, eq. 5).
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        E, C, H = config.n_expert, config.n_embd, config.expert_hidden
+        self.n_active = config.n_expert_active
+        self.balance_weight, self.z_weight = config.balance_loss, config.router_z_loss
+        self.router = nn.Linear(C, E, bias=False)
+        self.gate_proj = nn.Parameter(torch.empty(E, C, H))
+        self.up_proj = nn.Parameter(torch.empty(E, C, H))
+        self.down_proj = nn.Parameter(torch.empty(E, H, C))
+
+    def forward(self, x):
+        tokens = x.flatten(0, 1)  # (N, C), N = B T
+        logits = self.router(tokens).float()  # (N, E)
+        weight, expert = logits.softmax(-1).topk(self.n_active)  # (N, k) each
+        weight = weight / weight.sum(-1, keepdim=True)
+        order = expert.flatten().argsort(stable=True)  # (N k,): the visits, expert by expert
+        load = F.one_hot(expert.flatten(), logits.size(-1)).sum(0)  # (E,): visits to each expert
+        source, ends = order // self.n_active, load.cumsum(0).to(torch.int32)  # whose visit; where experts end
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+        def per_expert(rows, w):
+            return F.grouped_mm(rows.to(dtype), w.to(dtype), offs=ends)
+
+        rows = tokens[source]  # (N k, C)
+        hidden = F.silu(per_expert(rows, self.gate_proj)) * per_expert(rows, self.up_proj)  # (N k, H)
+        out = per_expert(hidden, self.down_proj) * weight.flatten()[order, None]  # (N k, C)
+
+        balance = logits.size(-1) * (load / load.sum() * logits.softmax(-1).mean(0)).sum()  # 1 when even
+        z = logits.logsumexp(-1).square().mean()  # keeps the router's logits small
+        self.router_loss = self.balance_weight * balance + self.z_weight * z
+        return torch.zeros_like(tokens).index_add(0, source, out.type_as(tokens)).view_as(x)
+
+
+class Block(nn.Module):
+    """x + attention, then x + MLP, each on the normalised x; a sandwich normalises what each branch adds, too."""
+
+    def __init__(self, config, layer):
+        super().__init__()
+
+        def norm():
+            return nn.RMSNorm(config.n_embd, config.norm_eps)
+
+        sandwich = config.norm == "sandwich"
+        self.attn_norm, self.attn = norm(), Attention(config, layer)
+        self.mlp_norm, self.mlp = norm(), MoE(config) if config.n_expert else MLP(config)
+        self.attn_post_norm = norm() if sandwich else nn.Identity()
+        self.mlp_post_norm = norm() if sandwich else nn.Identity()
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, cos, sin, cache=None):
+        x = x + self.dropout(self.attn_post_norm(self.attn(self.attn_norm(x), cos, sin, cache)))
+        return x + self.dropout(self.mlp_post_norm(self.mlp(self.mlp_norm(x))))
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        if config.vocab_size is None:
+            raise ValueError("vocab_size=None: say how many tokens the model knows (train.py takes it from the data)")
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.norm = nn.RMSNorm(config.n_embd, config.norm_eps)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.embed.weight
+        cos, sin = rope_table(config)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        self.init_weights(torch.initial_seed())
+
+    @torch.no_grad()
+    def init_weights(self, seed):
+        """N(0, 0.02) for every matrix; projections back into the residual stream also by 1/sqrt(2 n_layer).
+
+        Each matrix has a random generator of its own, seeded with `seed` and its name. So flipping the gate (or
+        anything else) changes no number in the matrices that both models have. Norm weights stay 1, and the
+        constants of an input-independent gate 0.
+        """
+        for name, p in self.named_parameters():
+            if p.dim() < 2:
+                continue
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+            to_residual = "o_proj" in name or "down_proj" in name
+            std = 0.02 / math.sqrt(2 * self.config.n_layer) if to_residual else 0.02
+            p.copy_(torch.randn(p.shape, generator=generator) * std)
+
+    def num_params(self):
+        """Number of parameters, a tied head counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def forward(self, idx, targets=None, cache=None):
+        """Next-token logits (B, T, V) for tokens idx (B, T), and the mean cross entropy in nats if targets (B, T).
+
+        With a KVCache, idx are the tokens at cache.positions. While training, a mixture of experts adds its router
+        losses. Raises ValueError if idx does not fit into block_size.
+        """
+        T = idx.size(1)
+        if T > self.config.block_size:
+            raise ValueError(f"{T} tokens do not fit into block_size={self.config.block_size}")
+        at = cache.positions if cache else slice(T)
+        cos, sin = self.cos[at], self.sin[at]
+        x = self.dropout(self.embed(idx))  # (B, T, C)
+        for block in self.blocks:
+            x = block(x, cos, sin, cache)
+        logits = self.lm_head(self.norm(x))  # (B, T, V)
+        if targets is None:
+            return logits, None
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        if self.training and self.config.n_expert:
+            loss = loss + sum(block.mlp.router_loss for block in self.blocks)
+        return logits, loss
+
+    @torch.no_grad()
+    def stream(self, idx, n, temperature=1.0, top_k=None, generator=None):
+        """Continue idx (B, t), whose first token is BOS: yields n times the next token of each row, (B,).
+
+        Each new token costs one forward of one token. A window that is full starts again from BOS and its last
+        half, so BOS stays in front, and logits are always those of one plain forward over the window.
+        """
+        cache, half = KVCache(self, idx.size(0)), self.config.block_size // 2
+        new = window = idx  # new: what the cache has not seen yet
+        with evaluating(self):
+            for _ in range(n):
+                if window.size(1) > self.config.block_size:
+                    new = window = torch.cat((window[:, :1], window[:, -half:]), dim=1)
+                seen, t = window.size(1) - new.size(1), window.size(1)
+                cache.positions = torch.arange(seen, t, device=idx.device)
+                logits = self(new, cache=cache)[0][:, -1]  # (B, V)
+                new = sample(logits, temperature, top_k, generator)  # (B, 1)
+                window = torch.cat((window, new), dim=1)
+                yield new[:, 0]
+
+    def generate(self, idx, n, temperature=1.0, top_k=None, generator=None):
+        """Tokens idx (B, t) continued by n sampled ones: (B, t + n). See stream."""
+        new = list(self.stream(idx, n, temperature, top_k, generator))
+        return torch.cat((idx, torch.stack(new, dim=1)), dim=1) if new else idx
+
+
+def sample(logits, temperature, top_k, generator):
+    """One token per row of logits (B, V): (B, 1). temperature 0 takes the likeliest, top_k cuts off all but k."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    return torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Measuring, from outside: hooks on SDPA, Gate, MoE and Block, which leave nothing behind
+
+
+@contextmanager
+def evaluating(model, hooks=()):
+    """The model in evaluation mode, with hooks [(module, function)]; both are undone whatever happens."""
+    was_training = model.training
+    handles = [module.register_forward_hook(function) for module, function in hooks]
+    try:
+        yield model.eval()
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+
+
+def uniform_share(T):
+    """First-token share of a head that looks at all it may see alike: mean of 1/t over t = 1..T, which is H_T / T."""
+    return sum(1 / t for t in range(1, T + 1)) / T
+
+
+@torch.no_grad()
+def measure(model, idx):
+    """The paper's three measurements (Table 4) on tokens idx (B, T): a list with one dict per layer.
+
+    first_token_share          attention probability on token 0; mean over queries (query 0 included) and heads.
+                               Its floor, under uniform attention, is uniform_share(T).
+    first_token_share_by_head  the same, one number per query head
+    late_first_token_share     the same over queries t >= T/4, which query 0 (always 1) does not lift
+    gate_score                 mean score over tokens, heads and channels; nan without a gate
+    gate_closed                fraction of scores below 0.1; nan without a gate
+    max_activation             largest |x| after the block, over tokens and channels
+    max_expert_load            visits to the busiest expert over the mean; nan without experts
+
+    Takes the model as it is before torch.compile. Memory is O(T): no T x T matrix is made.
+    """
+    rows = [dict(gate_score=math.nan, gate_closed=math.nan, max_expert_load=math.nan) for _ in model.blocks]
+
+    def on_sdpa(row, sdpa, inputs, output):
+        q, k, v = inputs[:3]
+        first = torch.zeros_like(v)
+        first[:, 0] = 1  # values that say "I am token 0": what comes out *is* the probability on token 0
+        share = sdpa.forward(q, k, first)[..., 0].float()  # (B, T, nh)
+        row["first_token_share"] = share.mean().item()
+        row["first_token_share_by_head"] = share.mean((0, 1)).tolist()
+        row["late_first_token_share"] = share[:, idx.size(1) // 4 :].mean().item()
+
+    def on_gate(row, gate, inputs, output):
+        score = gate.score(inputs[1])
+        row["gate_score"], row["gate_closed"] = score.mean().item(), (score < 0.1).float().mean().item()
+
+    def on_router(row, router, inputs, output):
+        expert = output.topk(model.config.n_expert_active).indices.flatten()
+        load = expert.bincount(minlength=model.config.n_expert).float()
+        row["max_expert_load"] = (load.max() / load.mean()).item()
+
+    def on_block(row, block, inputs, output):
+        row["max_activation"] = output.abs().max().item()
+
+    watched = {SDPA: on_sdpa, Gate: on_gate, Block: on_block}
+    hooks = [(module, partial(watched[type(module)], row)) for block, row in zip(model.blocks, rows)
+             for module in block.modules() if type(module) in watched]
+    hooks += [(block.mlp.router, partial(on_router, row)) for block, row in zip(model.blocks, rows)
+              if model.config.n_expert]
+    with evaluating(model, hooks):
+        model(idx)
+    return rows
+
+
+@torch.no_grad()
+def attention_maps(model, idx):
+    """Attention probabilities on tokens idx (B, T): a list with one (B, T, T, nh) per layer, [query, key, head].
+
+    For looking at short texts. The trick is measure's: with the identity matrix as values, token s says "I am s".
+    """
+    maps = []
+
+    def on_sdpa(sdpa, inputs, output):
+        q, k, v = inputs[:3]
+        one_hot = torch.eye(k.size(1), dtype=v.dtype, device=v.device)[None, :, None]  # (1, T, 1, T)
+        maps.append(sdpa.forward(q, k, one_hot.expand(*k.shape[:3], -1)).transpose(2, 3))
+
+    with evaluating(model, [(block.attn.sdpa, on_sdpa) for block in model.blocks]):
+        model(idx)
+    return maps
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Checkpoints: one file, whole or not there
+
+FORMAT = "gated_gpt 1"
+
+
+def save_checkpoint(path, model, state):
+    """Write the model, its config and `state` (plain values and tensors) to one file.
+
+    It is written under another name and moved over, so a kill at any moment leaves the old or the new one whole.
+    Raises OSError when it can't be written; an older file at `path` is then as it was.
+    """
+    content = {"format": FORMAT, "config": dataclasses.asdict(model.config), "model": model.state_dict(), "state": state}
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch wraps a full disk into a RuntimeError
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise OSError(f"cannot save {path}: {error}; an older checkpoint there is untouched") from error
+
+
+def load_checkpoint(path, device="cpu"):
+    """(model, state) from a file of save_checkpoint, which never gets to run code (weights_only).
+
+    Raises ValueError with one sentence if the file is cut short, something else, or from another version.
+    """
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"no checkpoint at {path}: python train.py makes one") from None
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is not a whole checkpoint of gated_gpt.py, but cut short or something else "
+                         f"({reason})") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        found = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"{path} has format {found!r}, and this version reads {FORMAT!r}: train again, or use the "
+                         "version that wrote it")
+    try:
+        model = GPT(GPTConfig(**content["config"])).to(device)
+        model.load_state_dict(content["model"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path} does not fit this version's model ({str(error).splitlines()[0]}): train again, or "
+                         "use the version that wrote it") from None
+    return model, content["state"]

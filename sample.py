@@ -1,0 +1,175 @@
+"""
+Text from a trained model:   python sample.py                                the newest run, from its first token on
+                             python sample.py --prompt="def " --attn_share   and where its attention goes
+
+Also the home of what train.py prints when it is done: the table per layer, and a first sample.
+"""
+import argparse
+import codecs
+import math
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from data import prepare
+from gated_gpt import attention_maps, load_checkpoint, measure, uniform_share
+
+SHORT = 512  # tokens; below this a first-token share says more about the length than about the model
+
+
+def newest_run(root="out"):
+    """Folder of the run in `root` whose checkpoint was written last. ValueError if there is none."""
+    files = [*Path(root).glob("*/last.pt"), *Path(root).glob("*/best.pt")]
+    if not files:
+        raise ValueError(f"no run with a checkpoint in {root}/: python train.py makes one")
+    return max(files, key=lambda file: file.stat().st_mtime).parent
+
+
+def checkpoint_in(run, prefer="last"):
+    """The checkpoint in a run's folder: last.pt or best.pt, the preferred one if both are there."""
+    files = [Path(run, name) for name in ("last.pt", "best.pt") if Path(run, name).exists()]
+    if not files:
+        raise ValueError(f"{run} holds no checkpoint (last.pt or best.pt): name another run, or train one")
+    return next((file for file in files if file.stem == prefer), files[0])
+
+
+def tokens_of(text, tokenizer, bos):
+    """BOS and the tokens of `text`: (1, t). What looks like a special token in the text is plain text."""
+    return torch.tensor([[bos, *tokenizer.encode_ordinary(text)]])
+
+
+def stream_text(tokens, tokenizer):
+    """Text of token numbers as they come, whole UTF-8 characters only; bytes that never become one show as \\ufffd."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for token in tokens:
+        yield decoder.decode(bytes_of(token, tokenizer))
+    yield decoder.decode(b"", final=True)
+
+
+def bytes_of(token, tokenizer):
+    """Bytes of one token; none for a number beyond the tokenizer's (a vocabulary rounded up has a few)."""
+    try:
+        return tokenizer.decode_single_token_bytes(token)
+    except KeyError:
+        return b""
+
+
+def layer_table(layers, T):
+    """measure's dicts as a table, with the floor of the share for windows of T tokens."""
+    rows = [f"first-token share per layer, T={T}; uniform attention would give {uniform_share(T):.3f}",
+            f"{'layer':>5}{'share':>8}{'most, in head':>16}{'t >= T/4':>10}{'gate':>8}{'under .1':>10}{'max|x|':>9}"]
+    for i, layer in enumerate(layers):
+        heads = layer["first_token_share_by_head"]
+        most = max(range(len(heads)), key=heads.__getitem__)
+        rows.append(f"{i:>5}{layer['first_token_share']:>8.3f}{heads[most]:>11.3f} in {most:<2}"
+                    f"{layer['late_first_token_share']:>10.3f}{layer['gate_score']:>8.3f}{layer['gate_closed']:>10.3f}"
+                    f"{layer['max_activation']:>9.1f}".replace("nan", "  -"))
+    return "\n".join(rows)
+
+
+def draw_maps(model, idx, tokenizer, path):
+    """A picture of each layer's attention on idx (1, T), mean over heads: queries down, keys across."""
+    import matplotlib  # asked for only here
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = [repr(bytes_of(token, tokenizer).decode("utf-8", "replace"))[1:-1] for token in idx[0].tolist()]
+    maps = [layer[0].mean(-1) for layer in attention_maps(model, idx)]  # (T, T) each
+    columns = min(4, len(maps))
+    side = max(3.0, 0.16 * len(names))
+    figure, axes = plt.subplots(math.ceil(len(maps) / columns), columns, squeeze=False, layout="constrained",
+                                figsize=(columns * side + 0.6, math.ceil(len(maps) / columns) * (side + 0.4)))
+    for i, axis in enumerate(axes.flat):
+        if i >= len(maps):
+            axis.set_axis_off()
+            continue
+        image = axis.imshow(maps[i], cmap="Greys", vmin=0, vmax=1)
+        axis.set_title(f"layer {i}: {maps[i][:, 0].mean():.2f} on the first token")
+        axis.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
+        axis.set_yticks(range(len(names)), names, fontsize=6)
+    axes[0][0].set(xlabel="key", ylabel="query")
+    figure.colorbar(image, ax=axes, label="attention probability", shrink=0.6)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def parse_flags(argv=None):
+    parser = argparse.ArgumentParser(prog="sample.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ckpt", help="a checkpoint, or the folder of a run [the newest run in out/]")
+    parser.add_argument("--prompt", default="", help="text to go on from; - reads it from standard input [none]")
+    parser.add_argument("--tokens", type=int, default=256, help="tokens to add [%(default)s]")
+    parser.add_argument("--samples", type=int, default=1, help="texts, made side by side [%(default)s]")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token [%(default)s]")
+    parser.add_argument("--top_k", type=int, help="choose among the k likeliest tokens only [all]")
+    parser.add_argument("--seed", type=int, default=0, help="of the random choices [%(default)s]")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, mps [%(default)s]")
+    parser.add_argument("--attn_share", action="store_true", help="print the first-token share on the text just made")
+    parser.add_argument("--attn_map", metavar="FILE.png", help="draw the attention on the text just made")
+    flags = parser.parse_args(argv)
+    for name, least in (("tokens", 0), ("samples", 1), ("temperature", 0), ("top_k", 1), ("seed", 0)):
+        value = getattr(flags, name)
+        if value is not None and not least <= value < math.inf:
+            raise ValueError(f"{name}={value} must be at least {least}")
+    return flags
+
+
+def main(argv=None):
+    flags = parse_flags(argv)
+    path = Path(flags.ckpt) if flags.ckpt else newest_run()
+    path = checkpoint_in(path, prefer="best") if path.is_dir() else path
+    model, state = load_checkpoint(path, flags.device)
+    prompt = sys.stdin.read() if flags.prompt == "-" else flags.prompt
+    tokenizer = prepare.get_tokenizer(state["tokenizer"])
+    idx = tokens_of(prompt, tokenizer, prepare.bos_id(state["tokenizer"])).to(flags.device)
+    print(f"{path}: gate {model.config.variant}, step {state['step']}, data {state['train_config']['data']}\n")
+
+    generator = torch.Generator(flags.device).manual_seed(flags.seed)
+    made = []  # (samples,) each
+
+    def rows():
+        for tokens in model.stream(idx.expand(flags.samples, -1), flags.tokens, flags.temperature, flags.top_k,
+                                   generator):
+            made.append(tokens)
+            yield tokens
+
+    if flags.samples == 1:
+        print(prompt, end="", flush=True)
+        for piece in stream_text((tokens.item() for tokens in rows()), tokenizer):
+            print(piece, end="", flush=True)
+        print()
+    else:
+        texts = torch.stack(list(rows()) or [idx.new_zeros(flags.samples)[:0]]).T.tolist()
+        for i, tokens in enumerate(texts, 1):
+            print(f"--- {i} ---\n{prompt}{''.join(stream_text(tokens, tokenizer))}")
+
+    whole = torch.cat((idx[0], *(tokens[:1] for tokens in made)))[None]  # (1, t): BOS, prompt, first sample
+    room = model.config.block_size
+    window = whole if whole.size(1) <= room else torch.cat((whole[:, :1], whole[:, 1 - room :]), dim=1)
+    if flags.attn_share:
+        print("\n" + layer_table(measure(model, window), window.size(1)))
+        if window.size(1) < SHORT:
+            print(f"Only {window.size(1)} tokens: on a text this short even a model without a sink has a large share, "
+                  "and one text is a small sample; compare with the floor, and with train.py's figures.")
+    if flags.attn_map:
+        draw_maps(model, window[:, :64], tokenizer, flags.attn_map)
+        print(f"\n{flags.attn_map}: attention on the first {min(64, window.size(1))} tokens")
+
+
+def run_main(main):
+    """main(), but what a user can mend ends in one sentence and exit status 2, without a traceback."""
+    name = os.path.basename(sys.argv[0])
+    try:
+        main()
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as interrupt:
+        print(f"\n{name}: {interrupt or 'interrupted'}", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,562 @@
+"""
+Train a gated GPT:   python train.py                                 a text model on this machine, in minutes
+                     python train.py --preset=sink --gate=none       make an attention sink; --gate=g1 removes it
+                     python train.py --help                          every flag
+
+Every flag is a field of GPTConfig (gated_gpt.py) or of TrainConfig (below); a preset is a table of their values.
+Reading order: TrainConfig -> PRESETS -> Windows -> make_optimizers -> train, which is the loop.
+"""
+import argparse
+import csv
+import dataclasses
+import inspect
+import math
+import re
+import signal
+import sys
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args, get_origin
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data import prepare
+from gated_gpt import GPT, GPTConfig, load_checkpoint, measure, save_checkpoint, uniform_share
+from sample import checkpoint_in, layer_table, newest_run, run_main, stream_text
+
+
+@dataclass
+class TrainConfig:
+    """How to train. Raises ValueError, with the value and the rule, for what can't be."""
+    # --- run ---
+    data: str = "python"  # name of a folder in data/, made by data/prepare.py
+    out: str | None = None  # folder of the run; default out/<data>-<gate variant>, numbered if taken
+    resume: bool = False  # go on with the run in --out (default: the newest one) where its checkpoint stands
+    overwrite: bool = False  # let --out hold a run already, and replace it
+    keep: Literal["best", "last", "both"] = "both"  # checkpoints to keep: by lowest val loss, latest, or both
+    seed: int = 0  # of the initial weights, the batches and dropout, each by a generator of its own
+    # --- optimisation ---
+    max_steps: int = 1000  # optimizer steps
+    batch_size: int = 32  # windows per forward
+    grad_accum: int = 1  # forwards per step, their gradients averaged
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices inside the blocks; adamw for the rest
+    learning_rate: float = 1e-3  # peak
+    schedule: Literal["cosine", "constant"] = "cosine"  # after warm-up
+    warmup_steps: int = 100  # steps over which the learning rate climbs to its peak
+    min_lr_ratio: float = 0.1  # floor of the cosine, as a fraction of the peak
+    weight_decay: float = 0.1  # on matrices only
+    beta1: float = 0.9  # AdamW: memory of the mean gradient
+    beta2: float = 0.99  # AdamW: memory of the squared gradient
+    grad_clip: float = 1.0  # longest gradient, over all parameters; 0: no clipping
+    # --- evaluation ---
+    eval_every: int = 100  # steps between evaluations, each with a line, a row of log.csv and a checkpoint
+    eval_windows: int = 256  # fixed windows, evenly spaced over val.bin
+    attn_share: bool = False  # measure first-token share, gate score and largest activation at evaluations
+    # --- machine ---
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products; weights stay float32
+    compile: bool | None = None  # torch.compile; default on CUDA only
+    threads: int | None = None  # CPU threads; default one per core
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            value, least = getattr(self, f.name), int(f.name not in ("seed", "warmup_steps"))
+            if get_origin(f.type) is Literal and value not in get_args(f.type):
+                raise ValueError(f"{f.name}={value!r} is not one of {', '.join(get_args(f.type))}")
+            if f.type in (int, int | None) and value is not None and value < least:
+                raise ValueError(f"{f.name}={value} must be at least {least}")
+            if f.type is float and not 0 <= value < math.inf:
+                raise ValueError(f"{f.name}={value} must be a number that is not negative")
+        for name in ("beta1", "beta2"):
+            if getattr(self, name) >= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be below 1")
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite: go on with the run, or replace it, but not both")
+
+
+PRESETS = {
+    # Real text on two cores, in about two minutes.
+    "laptop": dict(data="python", n_layer=4, n_head=4, n_embd=128, block_size=128, batch_size=16, max_steps=1200,
+                   optimizer="muon", learning_rate=3e-3, warmup_steps=50, eval_every=200, attn_share=True),
+    # nanoGPT's baby GPT: Tiny Shakespeare on one GPU.
+    "gpu": dict(data="shakespeare", n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2, batch_size=64,
+                max_steps=2000, optimizer="muon", learning_rate=3e-3, eval_every=250, attn_share=True),
+    # The smallest thing with a strong attention sink: see data/prepare.py, backcopy.
+    "sink": dict(data="backcopy", n_layer=1, n_head=2, n_embd=64, block_size=64, batch_size=32, max_steps=3000,
+                 learning_rate=3e-3, schedule="constant", beta2=0.98, weight_decay=0.0, eval_every=500, attn_share=True),
+    # GPT-2's small shape on web text; about half a million tokens per step.
+    "gpt2": dict(data="fineweb", vocab_size=50304, n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=32,
+                 grad_accum=16, max_steps=4750, learning_rate=1.8e-3, beta2=0.95, warmup_steps=250, eval_every=250),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The machine
+
+
+def choose_device(name):
+    """(device, reason)"""
+    try:
+        if name != "auto":
+            torch.empty(0, device=name)
+            return torch.device(name), "as asked"
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={name} can't be used here ({str(error).splitlines()[0]}); try --device=cpu") from None
+    if torch.cuda.is_available():
+        return torch.device("cuda"), torch.cuda.get_device_name()
+    if torch.backends.mps.is_available():
+        return torch.device("mps"), "no CUDA here, but an Apple GPU"
+    return torch.device("cpu"), "neither CUDA nor an Apple GPU here"
+
+
+def choose_dtype(name, device):
+    """(dtype of the matrix products, reason)"""
+    if name != "auto":
+        return getattr(torch, name), "as asked"
+    if device.type != "cuda":
+        return torch.float32, f"bfloat16 gains nothing on {device.type} at these sizes"
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float32, "this GPU has no bfloat16, and float16 would need loss scaling"
+    return torch.bfloat16, "autocast; weights stay float32"
+
+
+def try_compile(model, batch, precision):
+    """(model to train with, reason): compiled if a forward and a backward go through, else as it was."""
+    compiled = torch.compile(model)
+    random_state = torch.get_rng_state()
+    try:
+        with precision:
+            compiled(*batch)[1].backward()
+    except Exception as error:  # whatever goes wrong in a compiler: training works without
+        return model, f"torch.compile failed and is left out: {type(error).__name__}: {str(error).splitlines()[0]}"[:300]
+    finally:
+        model.zero_grad(set_to_none=True)
+        torch.set_rng_state(random_state)  # dropout in the trial must not shift the training's dropout
+    return compiled, "on"
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Data, optimizer, schedule
+
+
+class Windows:
+    """Windows of T tokens at any offset of a memory-mapped token file, with BOS put in front of each."""
+
+    def __init__(self, tokens, bos, T, device):
+        if len(tokens) < T:
+            raise ValueError(f"{getattr(tokens, 'filename', 'the data')} has {len(tokens)} tokens, fewer than "
+                             f"block_size={T}: prepare more text, or train with a smaller --block_size")
+        self.windows = np.lib.stride_tricks.sliding_window_view(tokens, T)  # (N - T + 1, T): a view, nothing is read
+        self.bos, self.device = bos, device
+
+    def at(self, offsets):
+        """(idx, targets), (B, T) each: idx is BOS and the first T - 1 tokens, targets are all T."""
+        targets = torch.from_numpy(self.windows[offsets].astype(np.int64))  # one gather
+        idx = torch.cat((torch.full((len(offsets), 1), self.bos), targets[:, :-1]), dim=1)
+        if self.device.type == "cuda":  # from pinned memory the copy runs while the GPU is still at the last step
+            return [t.pin_memory().to(self.device, non_blocking=True) for t in (idx, targets)]
+        return idx.to(self.device), targets.to(self.device)
+
+    def random(self, seed, step, count):
+        """`count` random offsets that depend on seed and step only, so any step can be had again on its own."""
+        return np.random.default_rng([seed, step]).integers(len(self.windows), size=count)
+
+    def spaced(self, count):
+        """`count` offsets, evenly spaced."""
+        return np.linspace(0, len(self.windows) - 1, count).astype(np.int64)
+
+
+def make_optimizers(model, c):
+    """A list of optimizers which share one learning rate. Each parameter is in exactly one group.
+
+    Matrices decay, vectors (norms, constants) don't. Muon (Jordan 2024) takes the matrices inside the blocks, with
+    its steps scaled to the size of AdamW's; embedding, head and stacked expert matrices stay with AdamW.
+    """
+    muon, decay, rest = [], [], []
+    for name, p in model.named_parameters():
+        in_block = name.startswith("blocks.") and p.dim() == 2
+        (rest if p.dim() < 2 else muon if c.optimizer == "muon" and in_block else decay).append(p)
+    groups = [{"params": decay, "weight_decay": c.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=c.learning_rate, betas=(c.beta1, c.beta2), fused=True)
+    if not muon:
+        return [adamw]
+    return [adamw, torch.optim.Muon(muon, lr=c.learning_rate, weight_decay=c.weight_decay,
+                                    adjust_lr_fn="match_rms_adamw")]
+
+
+def learning_rate_at(step, c):
+    """Learning rate of step 0, 1, ..: a linear climb, then a half cosine down to the floor, or constant."""
+    if step < c.warmup_steps:
+        return c.learning_rate * (step + 1) / c.warmup_steps
+    if c.schedule == "constant":
+        return c.learning_rate
+    done = (step - c.warmup_steps) / max(1, c.max_steps - c.warmup_steps)
+    ratio = c.min_lr_ratio + (1 - c.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    return c.learning_rate * ratio
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Evaluation and the log
+
+COLUMNS = ("step", "train_loss", "val_loss", "bits_per_byte", "tokens_per_second",
+           "first_token_share", "uniform_share", "gate_score", "max_activation", "max_expert_load")
+MEASURE_WINDOWS = 64  # of the validation windows, for the three measurements
+
+
+def cells(config, c):
+    """(log column, heading, width, format) of what an evaluation prints: 80 columns at most."""
+    shown = [("step", "step", 6, "d"), ("train_loss", "train", 8, ".4f"), ("val_loss", "val", 8, ".4f"),
+             ("bits_per_byte", "bits/byte", 10, ".4f"), ("tokens_per_second", "tokens/s", 10, ",.0f")]
+    if c.attn_share:
+        shown += [("first_token_share", "share", 7, ".3f"), ("uniform_share", "(floor)", 8, ".3f"),
+                  ("gate_score", "gate", 7, ".3f"), ("max_activation", "max|x|", 8, ".1f")]
+        shown += [("max_expert_load", "load", 6, ".2f")] * bool(config.n_expert)
+    return shown
+
+
+def heading(config, c):
+    return "".join(f"{title:>{width}}" for _, title, width, _ in cells(config, c))
+
+
+def line(row, config, c):
+    return "".join(f"{row[name]:{width}{form}}".replace("nan", "  -") for name, _, width, form in cells(config, c))
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Runs: their folders, and how one is stopped and resumed
+
+
+def run_folder(config, c):
+    """Where a new run goes: --out if it is free, else out/<data>-<variant>, -2, -3, ..."""
+    if c.out is None:
+        base, number = f"out/{c.data}-{config.variant}", 1
+        while Path(base + (f"-{number}" if number > 1 else "")).exists():
+            number += 1
+        return Path(base + (f"-{number}" if number > 1 else ""))
+    if list(Path(c.out).glob("*.pt")) and not c.overwrite:
+        raise ValueError(f"{c.out} holds a run already: --resume goes on with it, --overwrite replaces it, another "
+                         "--out leaves it alone")
+    return Path(c.out)
+
+
+@contextmanager
+def stop_signals():
+    """A list that fills when SIGINT or SIGTERM comes, so that the loop can end after the step under way."""
+    came, before = [], {}
+
+    def note(number, frame):
+        came.append(number)
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, note)
+    except ValueError:  # not in the main thread: whoever runs there looks after signals
+        pass
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def random_states(device):
+    states = {"cpu": torch.get_rng_state()}
+    return states | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else states
+
+
+def set_random_states(states, device):
+    torch.set_rng_state(states["cpu"].cpu())
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"].cpu(), device)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def open_data(name, say=print):
+    """(meta, {"train", "val"}) of a prepared set; one that needs no download is prepared on the way."""
+    if name in prepare.OFFLINE and not (prepare.DATA / name / "meta.json").exists():
+        say(f"preparing data/{name}, once")
+        prepare.prepare(name)
+    return prepare.load(name)
+
+
+def train(config, c, quiet=False):
+    """Train a GPT of this GPTConfig by this TrainConfig; returns the log, a list with one dict per evaluation.
+
+    A row holds log.csv's columns and, with c.attn_share, measure's dicts as "layers". Raises ValueError for what
+    can't be, FloatingPointError when the loss is no longer finite, and KeyboardInterrupt after a SIGINT or SIGTERM,
+    once all is saved.
+    """
+    return Run(config, c, say=(lambda text: None) if quiet else tqdm.write).loop(hide_bar=quiet or None)
+
+
+class Run:
+    """A run: its model, data, optimizers, and `state`, which is what a checkpoint holds beside the model."""
+
+    def __init__(self, config, c, say):
+        self.c, self.say = c, say
+        if c.threads:
+            torch.set_num_threads(c.threads)
+        self.device, why_device = choose_device(c.device)
+        dtype, why_dtype = choose_dtype(c.dtype, self.device)
+        self.precision = torch.autocast(self.device.type, dtype) if dtype != torch.float32 else nullcontext()
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+
+        self.meta, tokens = open_data(c.data, say)
+        self.train_windows, self.val_windows = (
+            Windows(tokens[split], self.meta["bos"], config.block_size, self.device) for split in ("train", "val"))
+        config = dataclasses.replace(config, vocab_size=config.vocab_size or self.meta["vocab_size"])
+        if config.vocab_size < self.meta["vocab_size"]:
+            raise ValueError(f"vocab_size={config.vocab_size} is below the {self.meta['vocab_size']} tokens of "
+                             f"{c.data}: leave it out, and the data says it")
+        self.start(config) if not c.resume else self.resume(config)
+        self.out.mkdir(parents=True, exist_ok=True)
+
+        self.fast, why_compile = self.model, "off (on by default with CUDA only)" if c.compile is None else "off"
+        if c.compile or (c.compile is None and self.device.type == "cuda"):
+            batch = self.train_windows.at(self.train_windows.spaced(c.batch_size))
+            self.fast, why_compile = try_compile(self.model, batch, self.precision)
+        self.describe(device=f"{self.device}, {torch.get_num_threads()} CPU threads ({why_device})",
+                      dtype=f"{str(dtype).removeprefix('torch.')} ({why_dtype})", compile=why_compile)
+
+    def start(self, config):
+        """A new run: fresh weights from the seed."""
+        self.out = run_folder(config, self.c)
+        torch.manual_seed(self.c.seed)
+        self.model = GPT(config).to(self.device)
+        self.optimizers = make_optimizers(self.model, self.c)
+        self.state = {"step": 0, "best": math.inf, "seconds": 0.0, "log": [], "losses": []}
+
+    def resume(self, config):
+        """Everything as the checkpoint has it, random number generators included."""
+        self.out = Path(self.c.out) if self.c.out else newest_run()
+        path = checkpoint_in(self.out)
+        self.model, self.state = load_checkpoint(path, self.device)
+        if self.model.config != config:
+            differs = [f"{f.name}={getattr(config, f.name)} (there {getattr(self.model.config, f.name)})"
+                       for f in dataclasses.fields(config)
+                       if getattr(config, f.name) != getattr(self.model.config, f.name)]
+            raise ValueError(f"{path} has another model than asked for: {', '.join(differs)}; leave these flags out")
+        if self.state["data"] != self.meta["train"]["sha256"]:
+            raise ValueError(f"{path} was trained on other data than data/{self.c.data} holds now: prepare the same "
+                             "data again, or start a new run")
+        self.optimizers = make_optimizers(self.model, self.c)
+        for optimizer, saved in zip(self.optimizers, self.state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        set_random_states(self.state["random"], self.device)
+
+    def describe(self, **machine):
+        c, model, T = self.c, self.model, self.model.config.block_size
+        in_gates = sum(p.numel() for name, p in model.named_parameters() if ".attn.gate." in name)
+        windows = c.batch_size * c.grad_accum
+        for what, text in (machine | {
+            "model": f"gate {model.config.variant}, {model.num_params():,} parameters, {in_gates:,} in gates",
+            "data": f"{c.data}, {self.meta['train']['tokens']:,} tokens to train on ({self.meta['tokenizer']})",
+            "step": f"{windows} windows of {T} tokens, {c.max_steps:,} times ({c.optimizer})",
+            "run": f"{self.out}" + f", resumed at step {self.state['step']}" * c.resume,
+        }).items():
+            self.say(f"{what:<8} {text}")
+
+    def loop(self, hide_bar=None):
+        c, state = self.c, self.state
+        self.say("\n" + heading(self.model.config, c))
+        self.began, self.tokens = time.perf_counter(), 0  # since the last evaluation, for tokens/s
+        pending = []  # losses still on the device: reading one means waiting for the GPU
+        with stop_signals() as stop, tqdm(total=c.max_steps, initial=state["step"], unit="step", leave=False,
+                                          disable=hide_bar) as bar:
+            while state["step"] < c.max_steps:
+                pending.append(self.step())
+                state["step"] += 1
+                bar.update()
+                evaluating = state["step"] % c.eval_every == 0 or state["step"] == c.max_steps
+                if evaluating or stop or len(pending) == 20:
+                    self.check_finite(torch.stack(pending).tolist())
+                    pending.clear()
+                    bar.set_postfix_str(f"loss {state['losses'][-1]:.3f}", refresh=False)
+                if evaluating:
+                    self.evaluate()
+                if stop:
+                    if not evaluating:
+                        self.save("last")
+                    raise KeyboardInterrupt
+        return state["log"]
+
+    def step(self):
+        """One optimizer step; returns the training loss, a tensor on the device."""
+        c, step = self.c, self.state["step"]
+        self.model.train()
+        rate, total = learning_rate_at(step, c), 0.0
+        offsets = self.train_windows.random(c.seed, step, c.batch_size * c.grad_accum)
+        for part in np.split(offsets, c.grad_accum):
+            with self.precision:
+                loss = self.fast(*self.train_windows.at(part))[1] / c.grad_accum
+            loss.backward()
+            total += loss.detach()
+        if c.grad_clip:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.grad_clip)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad()
+        self.tokens += offsets.size * self.model.config.block_size
+        return total
+
+    def check_finite(self, losses):
+        """Take the losses of the last steps into the state; stop the run if one is not finite."""
+        first = self.state["step"] - len(losses) + 1
+        for step, loss in enumerate(losses, first):
+            if not math.isfinite(loss):
+                kept = f"{checkpoint_in(self.out)} is from before" if self.state["log"] else "no checkpoint yet"
+                raise FloatingPointError(
+                    f"the loss is {loss} at step {step}, learning rate {learning_rate_at(step - 1, self.c):.2g}: try "
+                    f"a smaller --learning_rate, more --warmup_steps or a smaller --grad_clip; {kept}")
+        self.state["losses"] += losses
+
+    def evaluate(self):
+        """Validation loss and measurements: a line, a row of the log, a checkpoint."""
+        c, state = self.c, self.state
+        seconds = time.perf_counter() - self.began
+        val = self.val_loss()
+        bytes_per_token = (self.meta["val"]["bytes"] or math.nan) / self.meta["val"]["tokens"]
+        row = dict.fromkeys(COLUMNS, math.nan) | {
+            "step": state["step"], "train_loss": sum(state["losses"]) / len(state["losses"]), "val_loss": val,
+            "bits_per_byte": val / math.log(2) / bytes_per_token, "tokens_per_second": self.tokens / seconds}
+        if c.attn_share:
+            idx, _ = self.val_windows.at(self.val_windows.spaced(MEASURE_WINDOWS))
+            row["layers"] = layers = measure(self.model, idx)
+            row["uniform_share"] = uniform_share(idx.size(1))
+            for name in ("first_token_share", "gate_score", "max_activation", "max_expert_load"):
+                row[name] = sum(layer[name] for layer in layers) / len(layers)  # the paper's mean over layers
+        state["log"].append(row)
+        state["losses"] = []
+        state["seconds"] += seconds
+        self.say(line(row, self.model.config, c))
+        self.save_evaluated(val)
+        self.began, self.tokens = time.perf_counter(), 0
+
+    @torch.no_grad()
+    def val_loss(self):
+        """Mean cross entropy in nats per token over c.eval_windows fixed windows."""
+        self.model.eval()
+        total, offsets = 0.0, self.val_windows.spaced(self.c.eval_windows)
+        for part in np.array_split(offsets, math.ceil(len(offsets) / self.c.batch_size)):
+            with self.precision:
+                total += self.fast(*self.val_windows.at(part))[1].double() * len(part)
+        return (total / len(offsets)).item()
+
+    def save_evaluated(self, val):
+        """The checkpoints that --keep asks for, and log.csv."""
+        c, state = self.c, self.state
+        better = val < state["best"]
+        state["best"] = min(val, state["best"])
+        if c.keep != "best":
+            self.save("last")
+        if c.keep != "last" and better:
+            self.save("best")
+        with open(self.out / "log.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(state["log"])
+
+    def save(self, name):
+        save_checkpoint(self.out / f"{name}.pt", self.model, self.state | {
+            "data": self.meta["train"]["sha256"], "tokenizer": self.meta["tokenizer"], "optimizers": [o.state_dict() for o in self.optimizers],
+            "random": random_states(self.device), "train_config": dataclasses.asdict(self.c)})
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def fields_of(cls):
+    """[(group, field, help)]: the group is the `# --- title ---` above a dataclass field, the help its comment."""
+    group, found, comments = cls.__name__, [], {f.name: f for f in dataclasses.fields(cls)}
+    for text in inspect.getsource(cls).splitlines():
+        if title := re.match(r"    # --- (.+) ---$", text):
+            group = title[1]
+        elif (match := re.match(r"    (\w+): .+?  # (.+)$", text)) and match[1] in comments:
+            found.append((group, comments[match[1]], match[2]))
+    return found
+
+
+def parse_flags(argv=None):
+    """The flags that were really given, as {field name: value}, and "preset" if it was."""
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=list(PRESETS), default=argparse.SUPPRESS,
+                        help="a table of values for the flags below, which flags of your own override [laptop, or "
+                             "gpu where there is CUDA]")
+    groups = {}
+    for title, f, comment in fields_of(TrainConfig) + fields_of(GPTConfig):
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        kind = next(t for t in (*get_args(f.type), f.type) if t is not type(None))  # int | None is an int flag
+        options = {"choices": get_args(f.type)} if get_origin(f.type) is Literal else \
+                  {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        default = "" if f.default is None else f" [{f.default}]"
+        groups[title].add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=comment + default, **options)
+    return vars(parser.parse_args(argv))
+
+
+def configs_from(flags):
+    """(GPTConfig, TrainConfig, why this preset) from flags over a preset, or over a checkpoint when resuming."""
+    if flags.get("resume"):
+        out = Path(flags["out"]) if "out" in flags else newest_run()
+        model, state = load_checkpoint(checkpoint_in(out))
+        why, values = f"preset   as in {out}", dataclasses.asdict(model.config) | state["train_config"]
+        values |= {"out": str(out), "overwrite": False}
+    else:
+        name = flags.get("preset") or ("gpu" if torch.cuda.is_available() else "laptop")
+        why = f"preset   {name} " + ("(as asked)" if "preset" in flags else
+                                     "(CUDA is here)" if name == "gpu" else "(no CUDA here; --preset chooses)")
+        values = dict(PRESETS[name])
+    values |= {name: value for name, value in flags.items() if name != "preset"}
+
+    def make(cls):
+        return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
+
+    return make(GPTConfig), make(TrainConfig), why
+
+
+def report(out, log, state):
+    """What came out of a run, a short sample, and how to go on."""
+    best = min(log, key=lambda row: row["val_loss"])
+    print(f"\nbest val loss {best['val_loss']:.4f} nats per token = {best['bits_per_byte']:.4f} bits per byte, step "
+          f"{best['step']}; {state['seconds']:.0f} s")
+    if "layers" in log[-1]:
+        print("\n" + layer_table(log[-1]["layers"], state["block_size"]))
+
+
+def main(argv=None):
+    flags = parse_flags(argv)
+    config, c, why = configs_from(flags)
+    print(why)
+    run = Run(config, c, tqdm.write)
+    try:
+        log = run.loop()
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"stopped at step {run.state['step']} and saved; to go on: python train.py --resume "
+                                f"--out={run.out}") from None
+    best = min(log, key=lambda row: row["val_loss"])
+    print(f"\nbest val loss {best['val_loss']:.4f} nats per token, {best['bits_per_byte']:.4f} bits per byte, at step "
+          f"{best['step']:,}; {run.state['seconds']:.0f} s of training")
+    if c.attn_share:
+        print("\n" + layer_table(log[-1]["layers"], config.block_size))
+    path = checkpoint_in(run.out, prefer="best")
+    tokenizer, generator = prepare.get_tokenizer(run.meta["tokenizer"]), torch.Generator().manual_seed(c.seed)
+    model = load_checkpoint(path)[0]
+    tokens = model.stream(torch.tensor([[run.meta["bos"]]]), 120, temperature=0.8, generator=generator)
+    print(f"\na sample from {path}:\n" + "".join(stream_text((t.item() for t in tokens), tokenizer)))
+    print(f"\nmore: python sample.py --ckpt={path}")
+
+
+if __name__ == "__main__":
+    run_main(main)
