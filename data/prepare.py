@@ -4,7 +4,7 @@ Data for gated GPT: text in, two files of tokens out.
     python data/prepare.py python              # the standard library of this very Python; no download
     python data/prepare.py backcopy            # the synthetic task that grows a sink in a minute; no download
     python data/prepare.py shakespeare         # Tiny Shakespeare, 1 MB from GitHub
-    python data/prepare.py fineweb --shards=2  # web text in GPT-2 tokens: 200 MB a shard, and one more for val
+    python data/prepare.py fineweb --shards=2  # web text in GPT-2 tokens: 200 MB a shard, and one for val
     python data/prepare.py notes.txt novels/   # your own UTF-8 text, held in memory while it is prepared
 
 Each writes data/<name>/train.bin and val.bin, bare arrays of token ids, and meta.json, which says how to read
@@ -37,7 +37,7 @@ VAL_SHARE = 0.05   # of the files where there are many, else of each text
 MANY_FILES = 20    # from here on val is made of whole files
 MIN_TOKENS = 64    # a split with less holds no window worth training on
 
-# --- tokenizers: three tiktoken encodings, whose last id is the token that stands before each text and window ---
+# --- tokenizers: three tiktoken encodings; the last id is the token before each text and each window --------
 
 BOS = {"bpe2k": 2047, "bytes": 256, "gpt2": 50256}
 # BPE never merges across these: words with the space before them, up to three digits, signs, white space.
@@ -65,8 +65,8 @@ def get_tokenizer(name):
         try:
             return tiktoken.get_encoding("gpt2")
         except (OSError, ValueError) as error:
-            raise OSError("tokenizer 'gpt2' needs the network once, to download its vocabulary, which failed "
-                          f"({type(error).__name__}): connect and try again, or use bpe2k or bytes") from error
+            raise OSError("tokenizer 'gpt2' needs the network once, to download its vocabulary, and that "
+                          f"failed ({type(error).__name__}): try again, or use bpe2k or bytes") from error
     if name == "bytes":
         pattern, ranks = r"(?s:.)", {bytes([b]): b for b in range(256)}
     else:
@@ -83,7 +83,7 @@ def token_bytes(tokenizer):
     return np.array([len(encoding.decode_single_token_bytes(t)) for t in range(bos_id(tokenizer))] + [0])
 
 
-# --- a set: writing and opening it ------------------------------------------------------------------------------
+# --- a set: writing and opening it --------------------------------------------------------------------------
 
 
 def write_set(name, root, tokenizer, source, chunks):
@@ -98,8 +98,8 @@ def write_set(name, root, tokenizer, source, chunks):
         for split in SPLITS:
             meta[split] = write_bin(Path(tmp, f"{split}.bin"), tokenizer, chunks[split])
             if meta[split]["tokens"] < MIN_TOKENS:
-                raise ValueError(f"{source} leaves {meta[split]['tokens']} tokens for {split}, which needs at "
-                                 f"least {MIN_TOKENS} to cut a window from: give more text")
+                raise ValueError(f"{source} leaves {meta[split]['tokens']} tokens for {split}, but a window "
+                                 f"needs {MIN_TOKENS} or more: give more text")
         Path(tmp, "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
         publish(Path(tmp), out)
     print(f"{out}: {meta['train']['tokens']:,} tokens for train and {meta['val']['tokens']:,} for val "
@@ -112,7 +112,7 @@ def write_bin(path, tokenizer, chunks):
     vocab, sha256, n_tokens, n_bytes = vocabulary(tokenizer), hashlib.sha256(), 0, 0
     try:
         lengths = token_bytes(tokenizer)
-    except OSError:   # GPT-2 tokens can be written offline, only how many bytes they stand for is unknown then.
+    except OSError:   # GPT-2 tokens can be written offline; how many bytes they stand for is unknown then.
         lengths = n_bytes = None
     with open(path, "wb") as file:
         for tokens in chunks:
@@ -130,8 +130,8 @@ def publish(new, out):
     """Moves the finished files to `out`, meta.json last, since a set without it counts as not there."""
     out.mkdir(exist_ok=True)
     meta = out / "meta.json"
-    # So the old one goes first. Unless it says the same: then another process has just made this set and may be
-    # reading it already (two runs of train.py that were started at once).
+    # So the old one goes first. Unless it says the same: then another process has just made this set and may
+    # be reading it already (two runs of train.py that were started at once).
     if meta.exists() and meta.read_bytes() != (new / "meta.json").read_bytes():
         meta.unlink()
     for file in ("train.bin", "val.bin", "meta.json"):
@@ -166,8 +166,8 @@ def open_bin(path, meta, split, again):
     count = meta[split]["tokens"]
     size, expected = path.stat().st_size if path.exists() else 0, count * np.dtype(meta["dtype"]).itemsize
     if size != expected:
-        raise ValueError(f"{path} has {size:,} bytes, but {count:,} tokens need {expected:,}: it was cut short "
-                         f"or changed, make it again with `{again}`")
+        raise ValueError(f"{path} has {size:,} bytes, but {count:,} tokens need {expected:,}: it was cut "
+                         f"short or changed, make it again with `{again}`")
     tokens = np.memmap(path, meta["dtype"], mode="r")
     if tokens.max() > meta["bos"]:   # one pass over the file, some GB a second
         raise ValueError(f"{path} holds the token {tokens.max()}, but the last of {meta['tokenizer']} is "
@@ -175,7 +175,7 @@ def open_bin(path, meta, split, again):
     return tokens
 
 
-# --- reading, splitting and encoding text -----------------------------------------------------------------------
+# --- reading, splitting and encoding text -------------------------------------------------------------------
 
 
 def read_text(path):
@@ -204,8 +204,8 @@ def read_folder(folder, suffix="", skip=()):
 
 def split_by_file(texts):
     """
-    Holds out 5% of the files, the first in the order of their names' hashes. So wherever the files lie, and when
-    one is added, val stays the same but for a file or two.
+    Holds out 5% of the files, the first in the order of their names' hashes. So wherever the files lie, and
+    when one is added, val stays the same but for a file or two.
     """
     base = os.path.commonpath([path.parent for path in texts])
     # MD5, since of the usual hashes it gives `python` the val that is most like its train (4.9% of the text).
@@ -223,7 +223,7 @@ def split_each(texts, val_share=VAL_SHARE):
 
 
 def encode(splits, tokenizer, bos=True):
-    """From {"train": texts, "val": texts} to one array of tokens for each text, with BOS before it if `bos`."""
+    """From {"train": texts, "val": texts} to an array of tokens for each text, after a BOS if `bos`."""
     def arrays(split):
         for text in tqdm(splits[split], desc=split, unit=" texts", leave=False, disable=None):
             # A text that says "<|bos|>" means these seven characters.
@@ -232,7 +232,7 @@ def encode(splits, tokenizer, bos=True):
     return {split: arrays(split) for split in SPLITS}
 
 
-# --- sets that need no download ---------------------------------------------------------------------------------
+# --- sets that need no download -----------------------------------------------------------------------------
 
 
 def stdlib_texts():
@@ -250,19 +250,23 @@ def stdlib_texts():
 def prepare_python(root=DATA):
     """Real text that is on every machine: the standard library in 2,048 BPE tokens, split by file."""
     chunks = encode(split_by_file(stdlib_texts()), "bpe2k")
-    return write_set("python", root, "bpe2k", f"standard library of Python {platform.python_version()}", chunks)
+    source = f"the standard library of Python {platform.python_version()}"
+    return write_set("python", root, "bpe2k", source, chunks)
 
 
 ALPHABET = string.ascii_letters + string.digits   # 62 characters
-TRIGGERS = "XYZ"
+TRIGGERS = "Ocu"   # the three most frequent characters of the chain that seed 0 draws
 
 
 def backcopy_text(chars, seed=0):
     """
-    A Markov chain over 62 characters whose rows are drawn once from a Dirichlet(0.3), except that a trigger is
-    followed by a copy of the character *before* it: "kXk". Two triggers never touch: the text starts with none,
-    and only a copy follows one. The seed fixes the text, on every machine: a last bit that another processor
-    rounds differently would have to meet one of 62 x 2^16 levels to matter.
+    A Markov chain over 62 characters whose rows are drawn once from a Dirichlet(0.3), except that after a
+    trigger the next character is, half of the time, a copy of the one *before* the trigger: "kck".
+
+    So a head has work at triggers and none elsewhere. Only half of the time, because of a trigger that a copy
+    always follows nothing else need be known: its embedding shrinks, attention's output counts at triggers and,
+    next to long embeddings, nowhere else; and a head whose output doesn't count needs no sink. The seed fixes the
+    text on every machine: a last bit rounded otherwise would have to meet one of 62 x 2^16 levels to matter.
     """
     rng = np.random.default_rng(seed)
     letters = np.frombuffer(ALPHABET.encode(), np.uint8)
@@ -270,10 +274,12 @@ def backcopy_text(chars, seed=0):
     # Each row's inverse CDF, tabulated at 2^16 levels: a draw is one look-up, so a plain loop is fast enough.
     levels = (np.arange(2**16) + 0.5) / 2**16
     successor = {int(a): letters[np.searchsorted(cdf, levels)].tobytes() for a, cdf in zip(letters, cdfs)}
+    copies = rng.integers(2, size=chars - 1, dtype=np.uint8)
+    draws = rng.integers(2**16, size=chars - 1, dtype=np.uint16)
     text, triggers = bytearray(b"a"), set(TRIGGERS.encode())
     before = last = text[0]
-    for level in memoryview(rng.integers(2**16, size=chars - 1, dtype=np.uint16)):
-        before, last = last, before if last in triggers else successor[last][level]
+    for level, copy in zip(memoryview(draws), memoryview(copies)):
+        before, last = last, before if copy and last in triggers else successor[last][level]
         text.append(last)
     return text.decode()
 
@@ -284,16 +290,16 @@ def prepare_backcopy(root=DATA, chars=10_000_000, seed=0):
     return write_set("backcopy", root, "bytes", f"{chars:,} characters, seed {seed}", chunks)
 
 
-# --- sets that are downloaded -----------------------------------------------------------------------------------
+# --- sets that are downloaded -------------------------------------------------------------------------------
 
 TRIES = 5   # each goes on where the one before broke off
 
 
 def download(url, path, problem):
     """
-    Fetches `url` to `path`, unless it is there. `problem(path)` says what is wrong with a file, "" if nothing.
+    Fetches `url` to `path`, unless it is there; problem(path) says what is wrong with a file, "" if nothing.
 
-    What has come so far is in path.part: the same command, started again, goes on from there.
+    What has come so far is in `path`.part: the same command, started again, goes on from there.
     """
     if path.exists():
         if wrong := problem(path):
@@ -328,8 +334,8 @@ def fetch(url, part):
             part.unlink()   # It sends another range: start again.
             return False
         total = None if reply.length is None else have + reply.length
-        with open(part, "ab" if have else "wb") as file, \
-                tqdm(desc=part.stem, initial=have, total=total, unit="B", unit_scale=True, disable=None) as bar:
+        bar = tqdm(desc=part.stem, initial=have, total=total, unit="B", unit_scale=True, disable=None)
+        with bar, open(part, "ab" if have else "wb") as file:
             while chunk := reply.read(1 << 18):
                 bar.update(file.write(chunk))
             return total is None or file.tell() == total
@@ -352,7 +358,8 @@ def prepare_shakespeare(root=DATA):
 
 
 FINEWEB_URL = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main"
-SHARDS, SHARD_MAGIC, SHARD_HEADER = 103, 20240520, 1024   # header: 256 int32, magic number, version 1, count, 0...
+SHARDS, SHARD_MAGIC = 103, 20240520
+SHARD_HEADER = 1024   # bytes: 256 int32, the magic number, version 1, the number of tokens, zeros
 
 
 def shard_problem(path):
@@ -396,7 +403,7 @@ def prepare(name, root=DATA, **options):
     return SETS[name](root=root, **options)
 
 
-# --- your own text, and the command line ------------------------------------------------------------------------
+# --- your own text, and the command line --------------------------------------------------------------------
 
 
 def prepare_files(paths, name=None, tokenizer="bpe2k", root=DATA):
@@ -410,7 +417,7 @@ def prepare_files(paths, name=None, tokenizer="bpe2k", root=DATA):
             raise ValueError(f"{path} is empty: there is no text to prepare")
         texts.update(found)
     source = ", ".join(str(Path(path).resolve()) for path in paths)
-    name = name or re.sub(r"[^\w.-]+", "-", Path(paths[0]).resolve().stem)
+    name = re.sub(r"[^\w.-]+", "-", Path(paths[0]).resolve().stem) if name is None else name
     check_name(name, source, root)
     splits = split_by_file(texts) if len(texts) >= MANY_FILES else split_each(texts.values())
     return write_set(name, root, tokenizer, source, encode(splits, tokenizer))
@@ -425,28 +432,28 @@ def check_name(name, source, root):
     except (OSError, ValueError, KeyError, TypeError):
         same = not Path(root, name).exists()
     if name in SETS or not same:
-        raise ValueError(f"the name {name} is taken by something else in {root}: choose another with --name=...")
+        raise ValueError(f"the name {name} is taken by something else in {root}: choose another with --name")
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="prepare.py", allow_abbrev=False, description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="+", metavar="NAME|FILES", help=f"{', '.join(SETS)}, or files and folders")
+    parser.add_argument("what", nargs="+", metavar="NAME|FILES", help="a set's name, or files and folders")
     parser.add_argument("--name", help="FILES: what to call the set (default: after the first file)")
     parser.add_argument("--tokenizer", help=f"FILES: {', '.join(BOS)} (default: bpe2k)")
     parser.add_argument("--shards", type=int, help="fineweb: how many shards for training (default: 1)")
-    parser.add_argument("--root", type=Path, help="where to put the set (default: data/, where train.py looks)")
+    parser.add_argument("--root", type=Path, help="where to put it (default: data/, where train.py looks)")
     options = {key: value for key, value in vars(parser.parse_args(argv)).items() if value is not None}
     what = options.pop("what")
     by_name = set(what) <= set(SETS)   # A set wins over a file of the same name.
-    allowed = {"root", "shards"} if what == ["fineweb"] else {"root"} if by_name else {"root", "name", "tokenizer"}
+    own = ["root"] + (["name", "tokenizer"] if not by_name else ["shards"] if what == ["fineweb"] else [])
     try:
-        if wrong := sorted(options.keys() - allowed):
-            raise ValueError(f"--{wrong[0]} does not go with {' '.join(what)}: only --{', --'.join(allowed)}")
-        for name in what if by_name else ():
-            prepare(name, **options)
+        if wrong := [option for option in options if option not in own]:
+            raise ValueError(f"--{wrong[0]} does not go with {' '.join(what)}: it takes --{', --'.join(own)}")
         if not by_name:
             prepare_files(what, **options)
+        for name in what if by_name else ():
+            prepare(name, **options)
     except (ValueError, OSError) as error:
         print(f"prepare.py: {error}", file=sys.stderr)
         return 2
