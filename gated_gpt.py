@@ -1,16 +1,16 @@
 """
 Gated attention in one file: a small GPT in plain PyTorch, to be read from top to bottom.
 
-The idea ("Gated Attention for Large Language Models", arXiv 2505.06708): a head of softmax attention cannot say
-"nothing here", because its weights sum to one. So it learns to park them on the first token, the attention sink.
+The idea ("Gated Attention for Large Language Models", arXiv 2505.06708): a head of softmax attention can't
+say "nothing here", since its weights sum to one. So it parks them on the first token, the attention sink.
 Multiply what attention returns by a gate that looks at the current token,
 
     Y' = Y * sigmoid(X W)
 
-and a head can close instead. The sink goes, the activations that carry it shrink, training is steadier.
+and a head can close instead: the sink goes, and the model gets a little better.
 
-Reading order: GPTConfig -> Gate -> Attention.forward, where all five places of a gate stand on one screen -> Block
--> GPT -> measure, which reads the sink from outside through hooks.
+Reading order: GPTConfig -> Gate -> Attention.forward, where all five places of a gate stand on one screen ->
+Block -> GPT -> measure, which reads the sink from outside, through hooks.
 
 Names, in the shapes below and in the paper:
     B, T   batch, time (tokens in a window)      C    channels, n_embd (the paper's d_model)
@@ -24,7 +24,6 @@ Names, in the shapes below and in the paper:
 import dataclasses
 import math
 import os
-import pickle
 import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,8 +31,8 @@ from functools import partial
 from typing import Literal, get_args, get_origin
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import nn
 
 
 @dataclass
@@ -55,7 +54,7 @@ class GPTConfig:
     qk_norm: bool = True  # RMSNorm on each head's queries and keys, before RoPE
     norm: Literal["pre", "sandwich"] = "pre"  # sandwich: normalise each branch's output too (paper, Table 2)
     norm_eps: float = 1e-6  # added to the mean square inside RMSNorm
-    tie_embeddings: bool = True  # the output head is the embedding matrix, transposed
+    tie_embeddings: bool = False  # the output head is the embedding matrix, transposed
     dropout: float = 0.0  # on the embedding and on each branch's output, while training
     # --- gate ---
     gate: Literal["none", "g1", "g2", "g3", "g4", "g5"] = "g1"  # where the gate sits; g1: on the SDPA output
@@ -105,22 +104,24 @@ class GPTConfig:
         refuse(self.n_head % self.n_kv_head, f"n_head={self.n_head} is not a multiple of "
                f"n_kv_head={self.n_kv_head}: each key/value head serves equally many query heads")
         refuse(headwise and at_qk and self.qk_norm,
-               f"gate_kind=headwise with gate={self.gate} and qk_norm on: QK-norm divides each head by its own "
-               "length and so cancels one factor per head; use elementwise, or --no-qk_norm")
+               f"gate_kind=headwise with gate={self.gate} and qk_norm on: QK-norm divides a head by its own "
+               "length and so cancels one factor per head; use elementwise, or qk_norm off")
         refuse(self.gate == "g5" and (headwise or self.gate_share),
-               f"gate=g5 with gate_kind={self.gate_kind}, gate_share={self.gate_share}: behind o_proj there are "
-               "no heads any more; g5 is elementwise and not shared")
-        refuse(headwise and self.gate_share, "gate_kind=headwise with gate_share: one score per head cannot be "
-               "one for all heads; choose one of the two")
+               f"gate=g5 with gate_kind={self.gate_kind}, gate_share={self.gate_share}: behind o_proj there "
+               "are no heads any more; g5 is elementwise and not shared")
+        refuse(headwise and self.gate_share, "gate_kind=headwise with gate_share=True: a score for each head "
+               "can't be one for all heads; choose one of the two")
         refuse(not 0 <= self.dropout < 1, f"dropout={self.dropout} must be at least 0 and below 1")
         refuse(not (self.norm_eps > 0 and self.rope_base > 0),
                f"norm_eps={self.norm_eps} and rope_base={self.rope_base} must be above 0")
-        refuse(self.n_expert and self.n_expert_active > self.n_expert, f"n_expert_active={self.n_expert_active} "
-               f"is more than n_expert={self.n_expert}: a token can't visit an expert twice")
-        refuse(self.n_expert and (self.n_embd % 8 or self.expert_hidden % 8), f"n_embd={self.n_embd} and "
-               f"expert_hidden={self.expert_hidden} must be multiples of 8 with experts (grouped_mm's alignment)")
-        refuse(min(self.balance_loss, self.router_z_loss) < 0,
-               f"balance_loss={self.balance_loss} and router_z_loss={self.router_z_loss} must not be negative")
+        refuse(self.n_expert and self.n_expert_active > self.n_expert,
+               f"n_expert_active={self.n_expert_active} is more than n_expert={self.n_expert}: a token can't "
+               "visit an expert twice")
+        refuse(self.n_expert and (self.n_embd % 8 or self.expert_hidden % 8),
+               f"n_embd={self.n_embd} and expert_hidden={self.expert_hidden} must be multiples of 8 with "
+               "experts: grouped_mm wants its rows aligned")
+        refuse(min(self.balance_loss, self.router_z_loss) < 0, f"balance_loss={self.balance_loss} and "
+               f"router_z_loss={self.router_z_loss} must not be negative")
 
     @property
     def variant(self):
@@ -133,15 +134,15 @@ class GPTConfig:
         return "-".join(said + ["sdpa_norm"] * self.sdpa_norm + ["sdpa_silu"] * self.sdpa_silu)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # The gate, and the attention it sits in
 
 
 class Gate(nn.Module):
     """How a score is computed, and how it meets y. Where it sits is Attention's business.
 
-    y has the trailing shape `heads`: (nh, hs) at G1 and G4, (nkv, hs) at G2 and G3, (C,) at G5. At the start of
-    training x W is near 0, so a sigmoid score is near 0.5: half open everywhere (paper, sections 2.2 and 4).
+    `heads` is the trailing shape of y: (nh, hs) at G1 and G4, (nkv, hs) at G2 and G3, (C,) at G5. When
+    training starts, x W is near 0 and a sigmoid score near 0.5: every gate is half open.
     """
     ACTIVATIONS = {
         "sigmoid": torch.sigmoid,  # 0..1: may close
@@ -163,7 +164,7 @@ class Gate(nn.Module):
         """(B, T, C) -> (B, T, *heads), where hs is 1 when headwise and nh is 1 when head-shared."""
         z = self.gate_proj(x) if hasattr(self, "gate_proj") else self.constant.expand(*x.shape[:2], -1)
         score = self.act(z.unflatten(-1, self.heads))
-        # Head-shared is no smaller projection: all scores are made, then averaged over the heads (Table 1, row 12).
+        # Head-shared is no smaller projection: all scores are made, then averaged (Table 1, rows 12 and 13).
         return score.mean(-2, keepdim=True) if self.share else score
 
     def forward(self, y, x):
@@ -173,7 +174,7 @@ class Gate(nn.Module):
 def rope_table(config):
     """cos and sin of position * frequency, each (block_size, 1, hs/2), for the half-split form of RoPE."""
     frequency = config.rope_base ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)  # (hs/2,)
-    angle = torch.arange(config.block_size)[:, None, None] * frequency  # the 1 in the middle: same in every head
+    angle = torch.arange(config.block_size)[:, None, None] * frequency  # 1: the same in each head
     return angle.cos(), angle.sin()
 
 
@@ -188,15 +189,15 @@ class SDPA(nn.Module):
 
     def forward(self, q, k, v, mask=None):
         """q (B, T, nh, hs); k and v (B, S, nkv, hs), S = T unless a mask (T, S) says who sees whom."""
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # the kernel wants heads before time
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # the kernel wants heads first
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         return y.transpose(1, 2)  # (B, T, nh, hs)
 
 
 class KVCache:
-    """Keys and values of every layer for up to block_size tokens, allocated once and filled as the text grows.
+    """Keys and values of all layers for up to block_size tokens, allocated once and filled as the text grows.
 
-    `positions` (T,) says where in the window the tokens of the coming forward stand; GPT.stream moves it on.
+    `positions` (T,) says where in the window the tokens of the coming forward stand; GPT.stream moves it.
     """
 
     def __init__(self, model, batch):
@@ -206,10 +207,10 @@ class KVCache:
         self.positions = None
 
     def extend(self, layer, k, v):
-        """Store k and v (B, T, nkv, hs) of one layer; return all (B, S, nkv, hs) and the causal mask (T, S)."""
+        """Store k and v (B, T, nkv, hs) of a layer; return all (B, S, nkv, hs) and the causal mask (T, S)."""
         self.k[layer].index_copy_(1, self.positions, k)
         self.v[layer].index_copy_(1, self.positions, v)
-        # A CPU reads the filled part only; a GPU reads it all, so that no shape changes and nothing recompiles.
+        # A CPU reads the filled part only; a GPU reads it all, so no shape changes and nothing recompiles.
         S = int(self.positions[-1]) + 1 if k.is_cpu else self.k.size(2)
         mask = torch.arange(S, device=k.device) <= self.positions[:, None]
         return self.k[layer, :, :S], self.v[layer, :, :S], mask
@@ -251,7 +252,7 @@ class Attention(nn.Module):
         return y
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # The rest of the model
 
 
@@ -271,9 +272,9 @@ class MLP(nn.Module):
 class MoE(nn.Module):
     """Mixture of experts: softmax top-k routing over SwiGLU experts; no token is dropped. Needs torch 2.10.
 
-    Tokens are sorted by expert, so that each expert's rows are contiguous and one grouped matrix product serves
-    all experts. `router_loss` holds what the last forward adds to the training loss, weights included: the
-    load-balancing loss of Switch Transformers (arXiv 2101.03961, eq. 4) and the z-loss of ST-MoE (2202.08906, eq. 5).
+    Visits are sorted by expert: the rows of each are contiguous, and one grouped product serves all experts.
+    `router_loss` is what the last forward adds to the training loss, weights included: the load-balancing
+    loss of Switch Transformers (arXiv 2101.03961, eq. 4) and the z-loss of ST-MoE (arXiv 2202.08906, eq. 5).
     """
 
     def __init__(self, config):
@@ -293,8 +294,10 @@ class MoE(nn.Module):
         weight = weight / weight.sum(-1, keepdim=True)
         order = expert.flatten().argsort(stable=True)  # (N k,): the visits, expert by expert
         load = F.one_hot(expert.flatten(), logits.size(-1)).sum(0)  # (E,): visits to each expert
-        source, ends = order // self.n_active, load.cumsum(0).to(torch.int32)  # whose visit; where experts end
-        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        source = order // self.n_active  # (N k,): the token that makes the visit
+        ends = load.cumsum(0).to(torch.int32)  # (E,): where each expert's visits end
+        device = x.device.type  # autocast does not know grouped_mm, so its cast is made here
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
         def per_expert(rows, w):
             return F.grouped_mm(rows.to(dtype), w.to(dtype), offs=ends)
@@ -310,7 +313,7 @@ class MoE(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention, then x + MLP, each on the normalised x; a sandwich normalises what each branch adds, too."""
+    """x + attention, then x + MLP, each on the normalised x. A sandwich also normalises what each adds."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -334,7 +337,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         if config.vocab_size is None:
-            raise ValueError("vocab_size=None: say how many tokens the model knows (train.py takes it from the data)")
+            raise ValueError("vocab_size=None: say how many tokens there are (train.py asks the data)")
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
@@ -352,9 +355,8 @@ class GPT(nn.Module):
     def init_weights(self, seed):
         """N(0, 0.02) for every matrix; projections back into the residual stream also by 1/sqrt(2 n_layer).
 
-        Each matrix has a random generator of its own, seeded with `seed` and its name. So flipping the gate (or
-        anything else) changes no number in the matrices that both models have. Norm weights stay 1, and the
-        constants of an input-independent gate 0.
+        Each matrix has a random generator of its own, seeded with `seed` and its name: flipping the gate
+        changes no number in the matrices that both models have. Vectors stay: norms 1, a constant gate's 0.
         """
         for name, p in self.named_parameters():
             if p.dim() < 2:
@@ -369,10 +371,10 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def forward(self, idx, targets=None, cache=None):
-        """Next-token logits (B, T, V) for tokens idx (B, T), and the mean cross entropy in nats if targets (B, T).
+        """Logits (B, T, V) of the token after each in idx (B, T), and the loss if there are targets (B, T).
 
-        With a KVCache, idx are the tokens at cache.positions. While training, a mixture of experts adds its router
-        losses. Raises ValueError if idx does not fit into block_size.
+        The loss is the mean cross entropy in nats; while training, experts add their router losses to it.
+        With a KVCache, idx are the tokens at cache.positions. ValueError if idx does not fit into block_size.
         """
         T = idx.size(1)
         if T > self.config.block_size:
@@ -394,8 +396,8 @@ class GPT(nn.Module):
     def stream(self, idx, n, temperature=1.0, top_k=None, generator=None):
         """Continue idx (B, t), whose first token is BOS: yields n times the next token of each row, (B,).
 
-        Each new token costs one forward of one token. A window that is full starts again from BOS and its last
-        half, so BOS stays in front, and logits are always those of one plain forward over the window.
+        Each new token costs one forward of one token. A window that is full starts again with BOS and its
+        last half: BOS stays in front, and the logits are always those of a plain forward over the window.
         """
         cache, half = KVCache(self, idx.size(0)), self.config.block_size // 2
         new = window = idx  # new: what the cache has not seen yet
@@ -417,7 +419,7 @@ class GPT(nn.Module):
 
 
 def sample(logits, temperature, top_k, generator):
-    """One token per row of logits (B, V): (B, 1). temperature 0 takes the likeliest, top_k cuts off all but k."""
+    """A token for each row of logits (B, V), as (B, 1); temperature 0 takes the likeliest, top_k one of k."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     if top_k is not None:
@@ -426,7 +428,7 @@ def sample(logits, temperature, top_k, generator):
     return torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Measuring, from outside: hooks on SDPA, Gate, MoE and Block, which leave nothing behind
 
 
@@ -444,7 +446,7 @@ def evaluating(model, hooks=()):
 
 
 def uniform_share(T):
-    """First-token share of a head that looks at all it may see alike: mean of 1/t over t = 1..T, which is H_T / T."""
+    """First-token share of uniform attention, the floor: the mean of 1/t over t = 1..T, which is H_T / T."""
     return sum(1 / t for t in range(1, T + 1)) / T
 
 
@@ -452,8 +454,8 @@ def uniform_share(T):
 def measure(model, idx):
     """The paper's three measurements (Table 4) on tokens idx (B, T): a list with one dict per layer.
 
-    first_token_share          attention probability on token 0; mean over queries (query 0 included) and heads.
-                               Its floor, under uniform attention, is uniform_share(T).
+    first_token_share          attention probability on token 0: mean over queries (query 0 included) and
+                               heads. Under uniform attention it is uniform_share(T).
     first_token_share_by_head  the same, one number per query head
     late_first_token_share     the same over queries t >= T/4, which query 0 (always 1) does not lift
     gate_score                 mean score over tokens, heads and channels; nan without a gate
@@ -472,7 +474,7 @@ def measure(model, idx):
         share = sdpa.forward(q, k, first)[..., 0].float()  # (B, T, nh)
         row["first_token_share"] = share.mean().item()
         row["first_token_share_by_head"] = share.mean((0, 1)).tolist()
-        row["late_first_token_share"] = share[:, idx.size(1) // 4 :].mean().item()
+        row["late_first_token_share"] = share[:, -(-idx.size(1) // 4) :].mean().item()
 
     def on_gate(row, gate, inputs, output):
         score = gate.score(inputs[1])
@@ -498,9 +500,9 @@ def measure(model, idx):
 
 @torch.no_grad()
 def attention_maps(model, idx):
-    """Attention probabilities on tokens idx (B, T): a list with one (B, T, T, nh) per layer, [query, key, head].
+    """Attention probabilities on tokens idx (B, T), for short texts: a list with one (B, T, T, nh) per layer.
 
-    For looking at short texts. The trick is measure's: with the identity matrix as values, token s says "I am s".
+    Indices are [batch, query, key, head]. The trick is measure's: with one-hot values, token s says "I am s".
     """
     maps = []
 
@@ -514,7 +516,7 @@ def attention_maps(model, idx):
     return maps
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Checkpoints: one file, whole or not there
 
 FORMAT = "gated_gpt 1"
@@ -523,10 +525,11 @@ FORMAT = "gated_gpt 1"
 def save_checkpoint(path, model, state):
     """Write the model, its config and `state` (plain values and tensors) to one file.
 
-    It is written under another name and moved over, so a kill at any moment leaves the old or the new one whole.
+    Written under another name and moved over: a kill at any moment leaves the old or the new file whole.
     Raises OSError when it can't be written; an older file at `path` is then as it was.
     """
-    content = {"format": FORMAT, "config": dataclasses.asdict(model.config), "model": model.state_dict(), "state": state}
+    content = {"format": FORMAT, "config": dataclasses.asdict(model.config), "model": model.state_dict(),
+               "state": state}
     temporary = f"{path}.tmp"
     try:
         with open(temporary, "wb") as file:
@@ -535,9 +538,10 @@ def save_checkpoint(path, model, state):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch wraps a full disk into a RuntimeError
+        raise OSError(f"cannot save {path}: {error}; an older checkpoint there is untouched") from error
+    finally:
         if os.path.exists(temporary):
             os.remove(temporary)
-        raise OSError(f"cannot save {path}: {error}; an older checkpoint there is untouched") from error
 
 
 def load_checkpoint(path, device="cpu"):
@@ -549,18 +553,18 @@ def load_checkpoint(path, device="cpu"):
         content = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"no checkpoint at {path}: python train.py makes one") from None
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is not a whole checkpoint of gated_gpt.py, but cut short or something else "
-                         f"({reason})") from None
+    except Exception:  # torch raises whatever the bytes lead it to: OSError, KeyError, IndexError, ...
+        raise ValueError(f"{path} is not a whole checkpoint of gated_gpt.py: it is cut short, or something "
+                         "else; name another one, or train again") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"{path} has format {found!r}, and this version reads {FORMAT!r}: train again, or use the "
-                         "version that wrote it")
+        raise ValueError(f"{path} has format {found!r}, and this version reads {FORMAT!r}: train again, or "
+                         "use the version that wrote it")
     try:
         model = GPT(GPTConfig(**content["config"])).to(device)
         model.load_state_dict(content["model"])
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{path} does not fit this version's model ({str(error).splitlines()[0]}): train again, or "
-                         "use the version that wrote it") from None
-    return model, content["state"]
+        return model, content["state"]
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} does not fit this version's model ({reason}): train again, or use the "
+                         "version that wrote it") from None

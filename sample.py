@@ -1,6 +1,8 @@
 """
-Text from a trained model:   python sample.py                                the newest run, from its first token on
-                             python sample.py --prompt="def " --attn_share   and where its attention goes
+Text from a trained model:
+
+    python sample.py                               the newest run, from its first token on
+    python sample.py --prompt="def " --attn_share  and how much attention the first token gets
 
 Also the home of what train.py prints when it is done: the table per layer, and a first sample.
 """
@@ -41,7 +43,7 @@ def tokens_of(text, tokenizer, bos):
 
 
 def stream_text(tokens, tokenizer):
-    """Text of token numbers as they come, whole UTF-8 characters only; bytes that never become one show as \\ufffd."""
+    """Text of token numbers as they come: whole UTF-8 characters only; broken ones show as U+FFFD."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for token in tokens:
         yield decoder.decode(bytes_of(token, tokenizer))
@@ -59,13 +61,14 @@ def bytes_of(token, tokenizer):
 def layer_table(layers, T):
     """measure's dicts as a table, with the floor of the share for windows of T tokens."""
     rows = [f"first-token share per layer, T={T}; uniform attention would give {uniform_share(T):.3f}",
-            f"{'layer':>5}{'share':>8}{'most, in head':>16}{'t >= T/4':>10}{'gate':>8}{'under .1':>10}{'max|x|':>9}"]
+            f"{'layer':>5}{'share':>8}{'most, in head':>16}{'t >= T/4':>10}{'gate':>8}{'under .1':>10}"
+            f"{'max|x|':>9}"]
     for i, layer in enumerate(layers):
         heads = layer["first_token_share_by_head"]
         most = max(range(len(heads)), key=heads.__getitem__)
         rows.append(f"{i:>5}{layer['first_token_share']:>8.3f}{heads[most]:>11.3f} in {most:<2}"
-                    f"{layer['late_first_token_share']:>10.3f}{layer['gate_score']:>8.3f}{layer['gate_closed']:>10.3f}"
-                    f"{layer['max_activation']:>9.1f}".replace("nan", "  -"))
+                    f"{layer['late_first_token_share']:>10.3f}{layer['gate_score']:>8.3f}"
+                    f"{layer['gate_closed']:>10.3f}{layer['max_activation']:>9.1f}".replace("nan", "  -"))
     return "\n".join(rows)
 
 
@@ -99,15 +102,15 @@ def parse_flags(argv=None):
     parser = argparse.ArgumentParser(prog="sample.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", help="a checkpoint, or the folder of a run [the newest run in out/]")
-    parser.add_argument("--prompt", default="", help="text to go on from; - reads it from standard input [none]")
+    parser.add_argument("--prompt", default="", help="text to go on from; -: from standard input [none]")
     parser.add_argument("--tokens", type=int, default=256, help="tokens to add [%(default)s]")
     parser.add_argument("--samples", type=int, default=1, help="texts, made side by side [%(default)s]")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token [%(default)s]")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token [%(default)s]")
     parser.add_argument("--top_k", type=int, help="choose among the k likeliest tokens only [all]")
     parser.add_argument("--seed", type=int, default=0, help="of the random choices [%(default)s]")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps [%(default)s]")
-    parser.add_argument("--attn_share", action="store_true", help="print the first-token share on the text just made")
-    parser.add_argument("--attn_map", metavar="FILE.png", help="draw the attention on the text just made")
+    parser.add_argument("--attn_share", action="store_true", help="measure first-token share on this text")
+    parser.add_argument("--attn_map", metavar="FILE.png", help="draw the attention on this text")
     flags = parser.parse_args(argv)
     for name, least in (("tokens", 0), ("samples", 1), ("temperature", 0), ("top_k", 1), ("seed", 0)):
         value = getattr(flags, name)
@@ -124,14 +127,15 @@ def main(argv=None):
     prompt = sys.stdin.read() if flags.prompt == "-" else flags.prompt
     tokenizer = prepare.get_tokenizer(state["tokenizer"])
     idx = tokens_of(prompt, tokenizer, prepare.bos_id(state["tokenizer"])).to(flags.device)
-    print(f"{path}: gate {model.config.variant}, step {state['step']}, data {state['train_config']['data']}\n")
+    print(f"{path}: gate {model.config.variant}, step {state['step']}, data "
+          f"{state['train_config']['data']}\n")
 
     generator = torch.Generator(flags.device).manual_seed(flags.seed)
     made = []  # (samples,) each
 
     def rows():
-        for tokens in model.stream(idx.expand(flags.samples, -1), flags.tokens, flags.temperature, flags.top_k,
-                                   generator):
+        start = idx.expand(flags.samples, -1)
+        for tokens in model.stream(start, flags.tokens, flags.temperature, flags.top_k, generator):
             made.append(tokens)
             yield tokens
 
@@ -151,8 +155,8 @@ def main(argv=None):
     if flags.attn_share:
         print("\n" + layer_table(measure(model, window), window.size(1)))
         if window.size(1) < SHORT:
-            print(f"Only {window.size(1)} tokens: on a text this short even a model without a sink has a large share, "
-                  "and one text is a small sample; compare with the floor, and with train.py's figures.")
+            print(f"Only {window.size(1)} tokens: a text this short has a large share even without a sink.\n"
+                  "Compare with the floor, and with what train.py measured on many windows.")
     if flags.attn_map:
         draw_maps(model, window[:, :64], tokenizer, flags.attn_map)
         print(f"\n{flags.attn_map}: attention on the first {min(64, window.size(1))} tokens")

@@ -1,10 +1,12 @@
 """
-Train a gated GPT:   python train.py                                 a text model on this machine, in minutes
-                     python train.py --preset=sink --gate=none       make an attention sink; --gate=g1 removes it
-                     python train.py --help                          every flag
+Train a gated GPT:
 
-Every flag is a field of GPTConfig (gated_gpt.py) or of TrainConfig (below); a preset is a table of their values.
-Reading order: TrainConfig -> PRESETS -> Windows -> make_optimizers -> train, which is the loop.
+    python train.py                            a text model on this machine, in minutes
+    python train.py --preset=sink --gate=none  make an attention sink in a minute; --gate=g1 removes it
+    python train.py --help                     every flag
+
+A flag is a field of GPTConfig (gated_gpt.py) or TrainConfig (below); a preset is a table of their values.
+Reading order: TrainConfig -> PRESETS -> Windows -> make_optimizers -> Run.loop and Run.step.
 """
 import argparse
 import csv
@@ -13,7 +15,6 @@ import inspect
 import math
 import re
 import signal
-import sys
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -36,14 +37,14 @@ class TrainConfig:
     data: str = "python"  # name of a folder in data/, made by data/prepare.py
     out: str | None = None  # folder of the run; default out/<data>-<gate variant>, numbered if taken
     resume: bool = False  # go on with the run in --out (default: the newest one) where its checkpoint stands
-    overwrite: bool = False  # let --out hold a run already, and replace it
-    keep: Literal["best", "last", "both"] = "both"  # checkpoints to keep: by lowest val loss, latest, or both
-    seed: int = 0  # of the initial weights, the batches and dropout, each by a generator of its own
+    overwrite: bool = False  # if --out holds a run already, replace it
+    keep: Literal["best", "last", "both"] = "both"  # which checkpoints: lowest val loss, latest, or both
+    seed: int = 0  # of weights, batches and dropout
     # --- optimisation ---
     max_steps: int = 1000  # optimizer steps
     batch_size: int = 32  # windows per forward
     grad_accum: int = 1  # forwards per step, their gradients averaged
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices inside the blocks; adamw for the rest
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, with adamw for the rest
     learning_rate: float = 1e-3  # peak
     schedule: Literal["cosine", "constant"] = "cosine"  # after warm-up
     warmup_steps: int = 100  # steps over which the learning rate climbs to its peak
@@ -53,9 +54,9 @@ class TrainConfig:
     beta2: float = 0.99  # AdamW: memory of the squared gradient
     grad_clip: float = 1.0  # longest gradient, over all parameters; 0: no clipping
     # --- evaluation ---
-    eval_every: int = 100  # steps between evaluations, each with a line, a row of log.csv and a checkpoint
+    eval_every: int = 100  # steps from one evaluation (and checkpoint) to the next
     eval_windows: int = 256  # fixed windows, evenly spaced over val.bin
-    attn_share: bool = False  # measure first-token share, gate score and largest activation at evaluations
+    attn_share: bool = False  # measure first-token share, gate score, largest activation
     # --- machine ---
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products; weights stay float32
@@ -80,21 +81,25 @@ class TrainConfig:
 
 PRESETS = {
     # Real text on two cores, in about two minutes.
-    "laptop": dict(data="python", n_layer=4, n_head=4, n_embd=128, block_size=128, batch_size=16, max_steps=1200,
-                   optimizer="muon", learning_rate=3e-3, warmup_steps=50, eval_every=200, attn_share=True),
+    "laptop": dict(data="python", n_layer=4, n_head=4, n_embd=128, block_size=128, batch_size=16,
+                   max_steps=1200, optimizer="muon", learning_rate=3e-3, warmup_steps=50, eval_every=200,
+                   attn_share=True),
     # nanoGPT's baby GPT: Tiny Shakespeare on one GPU.
-    "gpu": dict(data="shakespeare", n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2, batch_size=64,
-                max_steps=2000, optimizer="muon", learning_rate=3e-3, eval_every=250, attn_share=True),
-    # The smallest thing with a strong attention sink: see data/prepare.py, backcopy.
-    "sink": dict(data="backcopy", n_layer=1, n_head=2, n_embd=64, block_size=64, batch_size=32, max_steps=3000,
-                 learning_rate=3e-3, schedule="constant", beta2=0.98, weight_decay=0.0, eval_every=500, attn_share=True),
-    # GPT-2's small shape on web text; about half a million tokens per step.
-    "gpt2": dict(data="fineweb", vocab_size=50304, n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=32,
-                 grad_accum=16, max_steps=4750, learning_rate=1.8e-3, beta2=0.95, warmup_steps=250, eval_every=250),
+    "gpu": dict(data="shakespeare", n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2,
+                batch_size=64, max_steps=2000, optimizer="muon", learning_rate=3e-3, eval_every=250,
+                attn_share=True),
+    # The smallest thing with a strong attention sink: see backcopy in data/prepare.py.
+    "sink": dict(data="backcopy", n_layer=1, n_head=2, n_embd=64, block_size=64, batch_size=32,
+                 max_steps=3000, learning_rate=3e-3, schedule="constant", beta2=0.98, weight_decay=0.0,
+                 eval_every=500, attn_share=True),
+    # GPT-2's small shape on web text, half a million tokens per step.
+    "gpt2": dict(data="fineweb", vocab_size=50304, n_layer=12, n_head=12, n_embd=768, block_size=1024,
+                 tie_embeddings=True, batch_size=32, grad_accum=16, max_steps=4750, learning_rate=1.8e-3,
+                 beta2=0.95, warmup_steps=250, eval_every=250),
 }
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # The machine
 
 
@@ -105,7 +110,8 @@ def choose_device(name):
             torch.empty(0, device=name)
             return torch.device(name), "as asked"
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device={name} can't be used here ({str(error).splitlines()[0]}); try --device=cpu") from None
+        raise ValueError(f"device={name} can't be used here ({str(error).splitlines()[0]}): try "
+                         "--device=cpu, or auto") from None
     if torch.cuda.is_available():
         return torch.device("cuda"), torch.cuda.get_device_name()
     if torch.backends.mps.is_available():
@@ -132,14 +138,15 @@ def try_compile(model, batch, precision):
         with precision:
             compiled(*batch)[1].backward()
     except Exception as error:  # whatever goes wrong in a compiler: training works without
-        return model, f"torch.compile failed and is left out: {type(error).__name__}: {str(error).splitlines()[0]}"[:300]
+        reason = " ".join(str(error).split())[:200]
+        return model, f"off: torch.compile failed with {type(error).__name__}: {reason}"
     finally:
         model.zero_grad(set_to_none=True)
-        torch.set_rng_state(random_state)  # dropout in the trial must not shift the training's dropout
+        torch.set_rng_state(random_state)  # the trial's dropout must not shift the training's
     return compiled, "on"
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Data, optimizer, schedule
 
 
@@ -148,21 +155,21 @@ class Windows:
 
     def __init__(self, tokens, bos, T, device):
         if len(tokens) < T:
-            raise ValueError(f"{getattr(tokens, 'filename', 'the data')} has {len(tokens)} tokens, fewer than "
-                             f"block_size={T}: prepare more text, or train with a smaller --block_size")
-        self.windows = np.lib.stride_tricks.sliding_window_view(tokens, T)  # (N - T + 1, T): a view, nothing is read
+            raise ValueError(f"{getattr(tokens, 'filename', 'the data')} has {len(tokens)} tokens, fewer "
+                             f"than block_size={T}: prepare more text, or take a smaller --block_size")
+        self.windows = np.lib.stride_tricks.sliding_window_view(tokens, T)  # (N - T + 1, T), a view: no copy
         self.bos, self.device = bos, device
 
     def at(self, offsets):
         """(idx, targets), (B, T) each: idx is BOS and the first T - 1 tokens, targets are all T."""
         targets = torch.from_numpy(self.windows[offsets].astype(np.int64))  # one gather
         idx = torch.cat((torch.full((len(offsets), 1), self.bos), targets[:, :-1]), dim=1)
-        if self.device.type == "cuda":  # from pinned memory the copy runs while the GPU is still at the last step
+        if self.device.type == "cuda":  # from pinned memory, the copy overlaps with the step before
             return [t.pin_memory().to(self.device, non_blocking=True) for t in (idx, targets)]
         return idx.to(self.device), targets.to(self.device)
 
     def random(self, seed, step, count):
-        """`count` random offsets that depend on seed and step only, so any step can be had again on its own."""
+        """`count` random offsets that depend on seed and step only: any step can be had again on its own."""
         return np.random.default_rng([seed, step]).integers(len(self.windows), size=count)
 
     def spaced(self, count):
@@ -173,7 +180,7 @@ class Windows:
 def make_optimizers(model, c):
     """A list of optimizers which share one learning rate. Each parameter is in exactly one group.
 
-    Matrices decay, vectors (norms, constants) don't. Muon (Jordan 2024) takes the matrices inside the blocks, with
+    Matrices decay, vectors (norms, constants) don't. Muon (Jordan 2024) takes the matrices inside the blocks,
     its steps scaled to the size of AdamW's; embedding, head and stacked expert matrices stay with AdamW.
     """
     muon, decay, rest = [], [], []
@@ -199,7 +206,7 @@ def learning_rate_at(step, c):
     return c.learning_rate * ratio
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Evaluation and the log
 
 COLUMNS = ("step", "train_loss", "val_loss", "bits_per_byte", "tokens_per_second",
@@ -223,10 +230,11 @@ def heading(config, c):
 
 
 def line(row, config, c):
-    return "".join(f"{row[name]:{width}{form}}".replace("nan", "  -") for name, _, width, form in cells(config, c))
+    return "".join(f"{row[name]:{width}{form}}".replace("nan", "  -")
+                   for name, _, width, form in cells(config, c))
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Runs: their folders, and how one is stopped and resumed
 
 
@@ -238,8 +246,8 @@ def run_folder(config, c):
             number += 1
         return Path(base + (f"-{number}" if number > 1 else ""))
     if list(Path(c.out).glob("*.pt")) and not c.overwrite:
-        raise ValueError(f"{c.out} holds a run already: --resume goes on with it, --overwrite replaces it, another "
-                         "--out leaves it alone")
+        raise ValueError(f"{c.out} holds a run already: --resume goes on with it, --overwrite replaces it, "
+                         "another --out leaves it alone")
     return Path(c.out)
 
 
@@ -248,12 +256,9 @@ def stop_signals():
     """A list that fills when SIGINT or SIGTERM comes, so that the loop can end after the step under way."""
     came, before = [], {}
 
-    def note(number, frame):
-        came.append(number)
-
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, note)
+            before[number] = signal.signal(number, lambda number, frame: came.append(number))
     except ValueError:  # not in the main thread: whoever runs there looks after signals
         pass
     try:
@@ -274,7 +279,7 @@ def set_random_states(states, device):
         torch.cuda.set_rng_state(states["cuda"].cpu(), device)
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # Training
 
 
@@ -287,11 +292,11 @@ def open_data(name, say=print):
 
 
 def train(config, c, quiet=False):
-    """Train a GPT of this GPTConfig by this TrainConfig; returns the log, a list with one dict per evaluation.
+    """Train a GPT of this GPTConfig by this TrainConfig; returns the log, one dict for each evaluation.
 
-    A row holds log.csv's columns and, with c.attn_share, measure's dicts as "layers". Raises ValueError for what
-    can't be, FloatingPointError when the loss is no longer finite, and KeyboardInterrupt after a SIGINT or SIGTERM,
-    once all is saved.
+    A row holds log.csv's columns and, with c.attn_share, measure's dicts as "layers". Raises ValueError for
+    what can't be, FloatingPointError when the loss is no longer finite, and KeyboardInterrupt after a SIGINT
+    or SIGTERM, once all is saved.
     """
     return Run(config, c, say=(lambda text: None) if quiet else tqdm.write).loop(hide_bar=quiet or None)
 
@@ -311,15 +316,16 @@ class Run:
 
         self.meta, tokens = open_data(c.data, say)
         self.train_windows, self.val_windows = (
-            Windows(tokens[split], self.meta["bos"], config.block_size, self.device) for split in ("train", "val"))
+            Windows(tokens[split], self.meta["bos"], config.block_size, self.device)
+            for split in ("train", "val"))
         config = dataclasses.replace(config, vocab_size=config.vocab_size or self.meta["vocab_size"])
         if config.vocab_size < self.meta["vocab_size"]:
-            raise ValueError(f"vocab_size={config.vocab_size} is below the {self.meta['vocab_size']} tokens of "
-                             f"{c.data}: leave it out, and the data says it")
+            raise ValueError(f"vocab_size={config.vocab_size} is below the {self.meta['vocab_size']} tokens "
+                             f"of {c.data}: leave it out, and the data says it")
         self.start(config) if not c.resume else self.resume(config)
         self.out.mkdir(parents=True, exist_ok=True)
 
-        self.fast, why_compile = self.model, "off (on by default with CUDA only)" if c.compile is None else "off"
+        self.fast, why_compile = self.model, "off (default with CUDA only)" if c.compile is None else "off"
         if c.compile or (c.compile is None and self.device.type == "cuda"):
             batch = self.train_windows.at(self.train_windows.spaced(c.batch_size))
             self.fast, why_compile = try_compile(self.model, batch, self.precision)
@@ -331,6 +337,7 @@ class Run:
         self.out = run_folder(config, self.c)
         torch.manual_seed(self.c.seed)
         self.model = GPT(config).to(self.device)
+        torch.manual_seed(self.c.seed)  # again, so that dropout is the same for every gate
         self.optimizers = make_optimizers(self.model, self.c)
         self.state = {"step": 0, "best": math.inf, "seconds": 0.0, "log": [], "losses": []}
 
@@ -343,10 +350,11 @@ class Run:
             differs = [f"{f.name}={getattr(config, f.name)} (there {getattr(self.model.config, f.name)})"
                        for f in dataclasses.fields(config)
                        if getattr(config, f.name) != getattr(self.model.config, f.name)]
-            raise ValueError(f"{path} has another model than asked for: {', '.join(differs)}; leave these flags out")
+            raise ValueError(f"{path} has another model than asked for: {', '.join(differs)}; leave these "
+                             "flags out, or start a new run")
         if self.state["data"] != self.meta["train"]["sha256"]:
-            raise ValueError(f"{path} was trained on other data than data/{self.c.data} holds now: prepare the same "
-                             "data again, or start a new run")
+            raise ValueError(f"{path} was trained on other data than data/{self.c.data} holds now: prepare "
+                             "the same data again, or start a new run")
         self.optimizers = make_optimizers(self.model, self.c)
         for optimizer, saved in zip(self.optimizers, self.state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -358,7 +366,7 @@ class Run:
         windows = c.batch_size * c.grad_accum
         for what, text in (machine | {
             "model": f"gate {model.config.variant}, {model.num_params():,} parameters, {in_gates:,} in gates",
-            "data": f"{c.data}, {self.meta['train']['tokens']:,} tokens to train on ({self.meta['tokenizer']})",
+            "data": f"{c.data}, {self.meta['train']['tokens']:,} training tokens ({self.meta['tokenizer']})",
             "step": f"{windows} windows of {T} tokens, {c.max_steps:,} times ({c.optimizer})",
             "run": f"{self.out}" + f", resumed at step {self.state['step']}" * c.resume,
         }).items():
@@ -414,10 +422,12 @@ class Run:
         first = self.state["step"] - len(losses) + 1
         for step, loss in enumerate(losses, first):
             if not math.isfinite(loss):
-                kept = f"{checkpoint_in(self.out)} is from before" if self.state["log"] else "no checkpoint yet"
+                rate, kept = learning_rate_at(step - 1, self.c), "no checkpoint was made yet"
+                if self.state["log"]:
+                    kept = f"{checkpoint_in(self.out)} is from step {self.state['log'][-1]['step']}"
                 raise FloatingPointError(
-                    f"the loss is {loss} at step {step}, learning rate {learning_rate_at(step - 1, self.c):.2g}: try "
-                    f"a smaller --learning_rate, more --warmup_steps or a smaller --grad_clip; {kept}")
+                    f"the loss is {loss} at step {step}, learning rate {rate:.2g}: try a smaller "
+                    f"--learning_rate, more --warmup_steps or a smaller --grad_clip; {kept}")
         self.state["losses"] += losses
 
     def evaluate(self):
@@ -468,16 +478,17 @@ class Run:
 
     def save(self, name):
         save_checkpoint(self.out / f"{name}.pt", self.model, self.state | {
-            "data": self.meta["train"]["sha256"], "tokenizer": self.meta["tokenizer"], "optimizers": [o.state_dict() for o in self.optimizers],
-            "random": random_states(self.device), "train_config": dataclasses.asdict(self.c)})
+            "train_config": dataclasses.asdict(self.c), "tokenizer": self.meta["tokenizer"],
+            "data": self.meta["train"]["sha256"], "random": random_states(self.device),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]})
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 # The command line
 
 
 def fields_of(cls):
-    """[(group, field, help)]: the group is the `# --- title ---` above a dataclass field, the help its comment."""
+    """[(group, field, help)]: the group is the `# --- title ---` above a field, the help its comment."""
     group, found, comments = cls.__name__, [], {f.name: f for f in dataclasses.fields(cls)}
     for text in inspect.getsource(cls).splitlines():
         if title := re.match(r"    # --- (.+) ---$", text):
@@ -487,27 +498,38 @@ def fields_of(cls):
     return found
 
 
-def parse_flags(argv=None):
-    """The flags that were really given, as {field name: value}, and "preset" if it was."""
-    parser = argparse.ArgumentParser(prog="train.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=list(PRESETS), default=argparse.SUPPRESS,
-                        help="a table of values for the flags below, which flags of your own override [laptop, or "
-                             "gpu where there is CUDA]")
+def add_flags(parser, *configs, skip=()):
+    """A flag for every field of these dataclasses, in groups. Flags that are not given leave no trace."""
     groups = {}
-    for title, f, comment in fields_of(TrainConfig) + fields_of(GPTConfig):
-        if title not in groups:
-            groups[title] = parser.add_argument_group(title)
-        kind = next(t for t in (*get_args(f.type), f.type) if t is not type(None))  # int | None is an int flag
+    for title, f, comment in (row for cls in configs for row in fields_of(cls) if row[1].name not in skip):
+        groups[title] = groups.get(title) or parser.add_argument_group(title)
+        kind = next(t for t in (*get_args(f.type), f.type) if t is not type(None))  # int | None: int
         options = {"choices": get_args(f.type)} if get_origin(f.type) is Literal else \
                   {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
         default = "" if f.default is None else f" [{f.default}]"
-        groups[title].add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=comment + default, **options)
+        groups[title].add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=comment + default,
+                                   **options)
+
+
+def parse_flags(argv=None):
+    """The flags that were really given, as {name: value}."""
+    parser = argparse.ArgumentParser(prog="train.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=list(PRESETS), default=argparse.SUPPRESS,
+                        help="a table of values for the flags below, which flags of your own override "
+                             "[laptop, or gpu where there is CUDA]")
+    add_flags(parser, TrainConfig, GPTConfig)
     return vars(parser.parse_args(argv))
 
 
+def make_configs(values):
+    """(GPTConfig, TrainConfig) from one table of field values."""
+    return tuple(cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
+                 for cls in (GPTConfig, TrainConfig))
+
+
 def configs_from(flags):
-    """(GPTConfig, TrainConfig, why this preset) from flags over a preset, or over a checkpoint when resuming."""
+    """(GPTConfig, TrainConfig, why) from flags over a preset, or over a checkpoint's when resuming."""
     if flags.get("resume"):
         out = Path(flags["out"]) if "out" in flags else newest_run()
         model, state = load_checkpoint(checkpoint_in(out))
@@ -516,23 +538,11 @@ def configs_from(flags):
     else:
         name = flags.get("preset") or ("gpu" if torch.cuda.is_available() else "laptop")
         why = f"preset   {name} " + ("(as asked)" if "preset" in flags else
-                                     "(CUDA is here)" if name == "gpu" else "(no CUDA here; --preset chooses)")
+                                     "(CUDA is here)" if name == "gpu" else "(no CUDA; --preset chooses)")
         values = dict(PRESETS[name])
     values |= {name: value for name, value in flags.items() if name != "preset"}
 
-    def make(cls):
-        return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
-
-    return make(GPTConfig), make(TrainConfig), why
-
-
-def report(out, log, state):
-    """What came out of a run, a short sample, and how to go on."""
-    best = min(log, key=lambda row: row["val_loss"])
-    print(f"\nbest val loss {best['val_loss']:.4f} nats per token = {best['bits_per_byte']:.4f} bits per byte, step "
-          f"{best['step']}; {state['seconds']:.0f} s")
-    if "layers" in log[-1]:
-        print("\n" + layer_table(log[-1]["layers"], state["block_size"]))
+    return *make_configs(values), why
 
 
 def main(argv=None):
@@ -543,11 +553,11 @@ def main(argv=None):
     try:
         log = run.loop()
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"stopped at step {run.state['step']} and saved; to go on: python train.py --resume "
-                                f"--out={run.out}") from None
+        raise KeyboardInterrupt(f"stopped at step {run.state['step']} and saved; to go on: "
+                                f"python train.py --resume --out={run.out}") from None
     best = min(log, key=lambda row: row["val_loss"])
-    print(f"\nbest val loss {best['val_loss']:.4f} nats per token, {best['bits_per_byte']:.4f} bits per byte, at step "
-          f"{best['step']:,}; {run.state['seconds']:.0f} s of training")
+    print(f"\nbest val loss {best['val_loss']:.4f} nats per token = {best['bits_per_byte']:.4f} bits per "
+          f"byte, step {best['step']:,}; {run.state['seconds']:.0f} s")
     if c.attn_share:
         print("\n" + layer_table(log[-1]["layers"], config.block_size))
     path = checkpoint_in(run.out, prefer="best")

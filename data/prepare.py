@@ -263,10 +263,10 @@ def backcopy_text(chars, seed=0):
     A Markov chain over 62 characters whose rows are drawn once from a Dirichlet(0.3), except that after a
     trigger the next character is, half of the time, a copy of the one *before* the trigger: "kck".
 
-    So a head has work at triggers and none elsewhere. Only half of the time, because of a trigger that a copy
-    always follows nothing else need be known: its embedding shrinks, attention's output counts at triggers and,
-    next to long embeddings, nowhere else; and a head whose output doesn't count needs no sink. The seed fixes the
-    text on every machine: a last bit rounded otherwise would have to meet one of 62 x 2^16 levels to matter.
+    So a head has work at triggers and none elsewhere. Only half of the time: if a copy always followed, nothing
+    else need be known of a trigger, its embedding would shrink, and attention's output would count at triggers
+    but, beside long embeddings, nowhere else. A head whose output doesn't count there needs no sink. The seed
+    fixes the text on every machine: a last bit rounded otherwise would have to meet one of 62 x 2^16 levels.
     """
     rng = np.random.default_rng(seed)
     letters = np.frombuffer(ALPHABET.encode(), np.uint8)

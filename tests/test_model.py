@@ -1,0 +1,725 @@
+"""Claims about the model: what each gate computes, that flipping it changes nothing else, experts, text.
+
+The reference below is written from the paper's definitions, and not like the model: plain loops in float64,
+one token, one head and one query at a time. test_measure.py borrows it.
+"""
+import itertools
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gated_gpt import GPT, Gate, GPTConfig, KVCache, attention_maps, sample
+
+torch.set_num_threads(1)
+GATES = ["g1", "g2", "g3", "g4", "g5"]
+MOE = dict(n_expert=4, n_expert_active=2, expert_hidden=8)
+VARIANTS = {
+    "none": dict(gate="none"), "g1": dict(gate="g1"), "g2": dict(gate="g2"), "g3": dict(gate="g3"),
+    "g4": dict(gate="g4"), "g5": dict(gate="g5"),
+    "g1-headwise": dict(gate="g1", gate_kind="headwise"),
+    "g2-headwise": dict(gate="g2", gate_kind="headwise"),
+    "g3-headwise": dict(gate="g3", gate_kind="headwise", qk_norm=False),
+    "g4-headwise": dict(gate="g4", gate_kind="headwise", qk_norm=False),
+    "g1-shared": dict(gate="g1", gate_share=True), "g2-shared": dict(gate="g2", gate_share=True),
+    "g1-add-silu": dict(gate="g1", gate_op="add", gate_act="silu"),
+    "g1-silu": dict(gate="g1", gate_act="silu"),
+    "g1-add-identity": dict(gate="g1", gate_op="add", gate_act="identity"),
+    "g1-ns_sigmoid": dict(gate="g1", gate_act="ns_sigmoid"), "g1-no_input": dict(gate="g1", gate_input=False),
+    "g5-no_input": dict(gate="g5", gate_input=False),
+    "sdpa_norm": dict(gate="none", sdpa_norm=True), "sdpa_silu": dict(gate="none", sdpa_silu=True),
+    "sandwich": dict(gate="none", norm="sandwich"),
+    "g1-sandwich-untied": dict(norm="sandwich", tie_embeddings=False),
+    "g1-gqa": dict(n_kv_head=2, head_dim=6), "g2-mqa": dict(gate="g2", n_kv_head=1),
+    "g1-experts": MOE, "g2-gqa-experts": dict(gate="g2", n_kv_head=2, **MOE),
+}
+every_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
+
+
+def tiny(**fields):
+    """A config with four heads of four channels, two layers and eleven tokens, but for the fields named."""
+    small = dict(vocab_size=11, block_size=8, n_layer=2, n_head=4, n_embd=16, mlp_hidden=16)
+    return GPTConfig(**(small | fields))
+
+
+def seeded(config, seed=0):
+    torch.manual_seed(seed)
+    return GPT(config)
+
+
+def lively(config, seed=0):
+    """A model in evaluation mode whose numbers are far from their start, so that nothing is near 0 or 1."""
+    model, generator = GPT(config), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            p.copy_(0.3 * noise if p.dim() > 1 else 0.7 + 0.3 * noise)
+    return model.eval()
+
+
+def tokens(*shape, seed=0):
+    """Random tokens of tiny's vocabulary, with a BOS (token 0) in front of each row."""
+    idx = torch.randint(1, 11, shape, generator=torch.Generator().manual_seed(seed))
+    idx[..., 0] = 0
+    return idx
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The reference
+
+
+@dataclass
+class Trace:
+    """What the reference computed for one row of tokens: logits (T, V), and what measure looks at."""
+    logits: np.ndarray = None
+    probabilities: list = field(default_factory=list)  # [layer][head][query] -> array of query + 1 numbers
+    scores: list = field(default_factory=list)  # [layer] -> all gate scores
+    activations: list = field(default_factory=list)  # [layer] -> (T, C), the block's output
+    visits: list = field(default_factory=list)  # [layer] -> tokens that went to each expert
+
+
+def sigmoid(z):
+    return 1 / (1 + np.exp(-z))
+
+
+SCORE = {"sigmoid": sigmoid, "ns_sigmoid": lambda z: 0.5 + 0.5 * sigmoid(z), "silu": lambda z: z * sigmoid(z),
+         "identity": lambda z: z}
+
+
+def rms(x, eps, weight=1.0):
+    return x / math.sqrt(np.mean(x * x) + eps) * weight
+
+
+def turn(x, position, base):
+    """RoPE on one head of one token: channels i and i + hs/2 are one complex number, turned by an angle."""
+    half = len(x) // 2
+    angle = position * base ** (-2 * np.arange(half) / len(x))
+    z = (x[:half] + 1j * x[half:]) * np.exp(1j * angle)
+    return np.concatenate([z.real, z.imag])
+
+
+def gate_scores(c, w, x, heads, size):
+    """Scores for one token x: a list with one array per head."""
+    size = 1 if c.gate_kind == "headwise" else size
+    z = w["gate.gate_proj.weight"] @ x if c.gate_input else w["gate.constant"]
+    scores = [SCORE[c.gate_act](z[h * size:(h + 1) * size]) for h in range(heads)]
+    return [sum(scores) / heads] * heads if c.gate_share else scores
+
+
+def apply_gate(c, w, heads, x, trace):
+    """Gate a list of heads (each an array of one token's channels)."""
+    scores = gate_scores(c, w, x, len(heads), len(heads[0]))
+    trace.scores[-1].extend(np.concatenate(scores))
+    return [y * s if c.gate_op == "multiply" else y + s for y, s in zip(heads, scores)]
+
+
+def queries_keys_values(c, w, x, position, trace):
+    """One token: its queries, keys and values, each a list with one array per head."""
+    parts = {"g4": np.split(w["q_proj.weight"] @ x, c.n_head),
+             "g3": np.split(w["k_proj.weight"] @ x, c.n_kv_head),
+             "g2": np.split(w["v_proj.weight"] @ x, c.n_kv_head)}
+    if c.gate in parts:
+        parts[c.gate] = apply_gate(c, w, parts[c.gate], x, trace)
+    if c.qk_norm:
+        parts["g4"] = [rms(q, c.norm_eps, w["q_norm.weight"]) for q in parts["g4"]]
+        parts["g3"] = [rms(k, c.norm_eps, w["k_norm.weight"]) for k in parts["g3"]]
+    q, k = ([turn(head, position, c.rope_base) for head in parts[g]] for g in ("g4", "g3"))
+    return q, k, parts["g2"]
+
+
+def loop_attention(c, w, xs, trace):
+    qkv = [queries_keys_values(c, w, x, t, trace) for t, x in enumerate(xs)]
+    group, out = c.n_head // c.n_kv_head, []
+    probabilities = [[] for _ in range(c.n_head)]
+    for t, x in enumerate(xs):
+        heads = []
+        for h in range(c.n_head):
+            q = qkv[t][0][h]
+            e = np.exp([q @ qkv[s][1][h // group] / math.sqrt(c.head_dim) for s in range(t + 1)])
+            probabilities[h].append(e / e.sum())
+            y = sum(p * qkv[s][2][h // group] for s, p in enumerate(probabilities[h][t]))
+            y = rms(y, c.norm_eps, w["sdpa_norm.weight"]) if c.sdpa_norm else y
+            heads.append(SCORE["silu"](y) if c.sdpa_silu else y)
+        heads = apply_gate(c, w, heads, x, trace) if c.gate == "g1" else heads
+        y = w["o_proj.weight"] @ np.concatenate(heads)
+        out.append(apply_gate(c, w, [y], x, trace)[0] if c.gate == "g5" else y)
+    trace.probabilities.append(probabilities)
+    return out
+
+
+def loop_experts(c, w, xs):
+    """(outputs, router loss, visits) of a mixture of experts, token by token, in torch for its gradients."""
+    outputs, shares, z = [], [], []
+    visits = [0] * c.n_expert
+    for x in xs:
+        logits = w["router.weight"] @ x
+        p = logits.exp() / logits.exp().sum()
+        chosen = sorted(range(c.n_expert), key=lambda e: -p[e].item())[:c.n_expert_active]
+        y = 0
+        for e in chosen:
+            visits[e] += 1
+            a, b = x @ w["gate_proj"][e], x @ w["up_proj"][e]
+            y = y + p[e] / sum(p[i] for i in chosen) * ((a * a.sigmoid() * b) @ w["down_proj"][e])
+        outputs.append(y)
+        shares.append(p)
+        z.append(logits.exp().sum().log() ** 2)
+    mean_share = [sum(p[e] for p in shares) / len(xs) for e in range(c.n_expert)]
+    balance = c.n_expert * sum(n / sum(visits) * p for n, p in zip(visits, mean_share))
+    return outputs, c.balance_loss * balance + c.router_z_loss * sum(z) / len(xs), visits
+
+
+def loop_mlp(c, w, xs, trace):
+    if c.n_expert:
+        as_torch = {name: torch.tensor(value) for name, value in w.items()}
+        outputs, _, visits = loop_experts(c, as_torch, [torch.tensor(x) for x in xs])
+        trace.visits.append(visits)
+        return [y.numpy() for y in outputs]
+    gate, up, down = (w[f"{name}_proj.weight"] for name in ("gate", "up", "down"))
+    return [down @ (SCORE["silu"](gate @ x) * (up @ x)) for x in xs]
+
+
+def loop_forward(model, row):
+    """The whole model on one row of tokens, as a Trace."""
+    c, trace = model.config, Trace()
+    weights = {name: value.double().numpy() for name, value in model.state_dict().items()}
+    xs = [weights["embed.weight"][token] for token in row.tolist()]
+    for layer in range(c.n_layer):
+        trace.scores.append([])
+        w = {name.removeprefix(f"blocks.{layer}."): value for name, value in weights.items()}
+        for branch, function in (("attn", loop_attention), ("mlp", loop_mlp)):
+            own = {name.removeprefix(f"{branch}."): value for name, value in w.items()}
+            added = function(c, own, [rms(x, c.norm_eps, w[f"{branch}_norm.weight"]) for x in xs], trace)
+            if c.norm == "sandwich":
+                added = [rms(y, c.norm_eps, w[f"{branch}_post_norm.weight"]) for y in added]
+            xs = [x + y for x, y in zip(xs, added)]
+        trace.activations.append(np.stack(xs))
+    head = weights["embed.weight" if c.tie_embeddings else "lm_head.weight"]
+    trace.logits = np.stack([head @ rms(x, c.norm_eps, weights["norm.weight"]) for x in xs])
+    return trace
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What each variant computes
+
+CHOICES = dict(gate_kind=("elementwise", "headwise"), gate_share=(False, True), gate_act=tuple(SCORE),
+               gate_op=("multiply", "add"), gate_input=(True, False))
+FLAGS = [dict(zip(CHOICES, values)) for values in itertools.product(*CHOICES.values())]
+SHAPES = {
+    "plain": dict(), "gqa": dict(n_kv_head=2), "mqa-wide-heads": dict(n_kv_head=1, head_dim=6),
+    "gqa-no-qk-norm": dict(n_kv_head=2, qk_norm=False), "sdpa-norm": dict(sdpa_norm=True),
+    "sdpa-silu": dict(sdpa_silu=True, n_kv_head=2), "sandwich": dict(norm="sandwich", n_kv_head=2),
+    "untied-other-constants": dict(tie_embeddings=False, rope_base=50.0, norm_eps=0.1, sdpa_norm=True),
+    "experts": dict(n_kv_head=2, n_layer=1, **MOE),
+}
+
+
+def makes_sense(gate, flags, qk_norm=True):
+    """The rules of the paper's variants: see the README's table of refusals."""
+    headwise, share = flags["gate_kind"] == "headwise", flags["gate_share"]
+    if headwise and share or gate == "g5" and (headwise or share):
+        return False
+    return not (headwise and gate in ("g3", "g4") and qk_norm)
+
+
+def assert_agrees_with_loops(config):
+    model, idx = lively(config), tokens(1, 5)
+    expected = loop_forward(model, idx[0]).logits
+    with torch.no_grad():
+        found = model(idx)[0][0].double().numpy()
+    error = np.abs(found - expected).max() / max(1, np.abs(expected).max())
+    assert error < 1e-5, config
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("gate", GATES)
+def test_every_gate_agrees_with_plain_loops(gate, shape):
+    for flags in FLAGS:
+        if makes_sense(gate, flags, shape.get("qk_norm", True)):
+            assert_agrees_with_loops(tiny(gate=gate, **flags, **shape))
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_the_model_without_a_gate_agrees_with_plain_loops(shape):
+    assert_agrees_with_loops(tiny(gate="none", **shape))
+
+
+def test_exactly_the_combinations_that_make_sense_are_accepted():
+    for gate, flags, qk_norm in itertools.product(GATES, FLAGS, (True, False)):
+        try:
+            tiny(gate=gate, qk_norm=qk_norm, **flags)
+            accepted = True
+        except ValueError:
+            accepted = False
+        assert accepted == makes_sense(gate, flags, qk_norm), (gate, flags, qk_norm)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A gate that is stuck
+
+STUCK = [name for name, v in VARIANTS.items() if v.get("gate", "g1") != "none" and v.get("gate_op") != "add"]
+
+
+def stick(model, z):
+    """Every gate sees z instead of x W (or of its constant): 1000 opens a sigmoid wholly, -1000 shuts it."""
+    for gate in (module for module in model.modules() if isinstance(module, Gate)):
+        if model.config.gate_input:
+            gate.gate_proj.register_forward_hook(lambda module, inputs, output: torch.full_like(output, z))
+        else:
+            torch.nn.init.constant_(gate.constant, z)
+    return model
+
+
+def without_gate(model, silent=""):
+    """The same model without gates; the matrices whose name contains `silent` are zero, if one is named."""
+    fields = {**vars(model.config), "gate": "none", "gate_kind": "elementwise", "gate_share": False}
+    plain = GPT(GPTConfig(**fields)).eval()
+    plain.load_state_dict({name: value for name, value in model.state_dict().items() if ".gate." not in name})
+    for name, p in plain.named_parameters():
+        if silent and silent in name:
+            torch.nn.init.zeros_(p)
+    return plain
+
+
+@torch.no_grad()
+def assert_same_logits(model, other, idx, tolerance=1e-5):
+    assert (model(idx)[0] - other(idx)[0]).abs().max() < tolerance
+
+
+@pytest.mark.parametrize("name", [n for n in STUCK if VARIANTS[n].get("gate_act") != "silu"])
+def test_a_gate_stuck_open_changes_nothing(name):
+    model, idx = lively(tiny(**VARIANTS[name])), tokens(2, 8)
+    with torch.no_grad():
+        assert (model(idx)[0] - without_gate(model)(idx)[0]).abs().max() > 1e-2  # not stuck, it changes a lot
+    assert_same_logits(stick(model, 1000.0), without_gate(model), idx, 1e-6)
+
+
+@pytest.mark.parametrize("name", [n for n in STUCK if VARIANTS[n].get("gate", "g1") in ("g1", "g2", "g5")
+                                  and VARIANTS[n].get("gate_act") != "ns_sigmoid"])
+def test_a_gate_stuck_shut_silences_attention(name):
+    model = stick(lively(tiny(**VARIANTS[name])), -1000.0)
+    out = []
+    model.blocks[0].attn.register_forward_hook(lambda module, inputs, output: out.append(output))
+    assert_same_logits(model, without_gate(model, silent="o_proj"), tokens(2, 8))
+    assert not out[0].any()
+
+
+@pytest.mark.parametrize("name", [n for n in STUCK if VARIANTS[n].get("gate") in ("g3", "g4")])
+def test_queries_or_keys_gated_shut_look_at_everything_alike(name):
+    model, idx = stick(lively(tiny(**VARIANTS[name])), -1000.0), tokens(2, 8)
+    for probabilities in attention_maps(model, idx):
+        for t in range(8):
+            assert torch.allclose(probabilities[:, t, :t + 1], torch.tensor(1 / (t + 1)), atol=1e-6)
+    assert_same_logits(model, without_gate(model, silent="q_proj"), idx)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_a_gate_that_cannot_close_leaves_at_least_half(gate):
+    model = lively(tiny(gate=gate, gate_act="ns_sigmoid"))
+    score = stick(model, -1000.0).blocks[0].attn.gate.score(torch.randn(1, 3, 16))
+    assert (score == 0.5).all()
+
+
+@pytest.mark.parametrize("head_dim", [8, 16, 32])
+def test_qk_norm_would_cancel_a_headwise_gate_on_the_queries(head_dim):
+    q, score = torch.randn(5, head_dim), torch.rand(5, 1) + 0.1
+    norm = torch.nn.RMSNorm(head_dim, 1e-6)
+    assert torch.allclose(norm(q * score), norm(q), atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The start of training
+
+OPTIONAL = ("attn.gate.", "attn.sdpa_norm.", "_post_norm.")
+
+
+@pytest.mark.parametrize("rest", [dict(), MOE, dict(tie_embeddings=False, n_kv_head=2, head_dim=6)],
+                         ids=["dense", "experts", "untied-gqa"])
+@every_variant
+def test_flipping_the_gate_changes_only_the_gate(variant, rest):
+    fields = {**rest, **variant}
+    plain = {k: v for k, v in fields.items() if k.split("_")[0] not in ("gate", "sdpa", "norm")}
+    without = seeded(tiny(gate="none", **plain)).state_dict()
+    with_gate = seeded(tiny(**fields)).state_dict()
+    assert without.keys() <= with_gate.keys()
+    for name, value in with_gate.items():
+        same = name in without and torch.equal(value, without[name])
+        assert same or name not in without and any(part in name for part in OPTIONAL), name
+
+
+@pytest.mark.parametrize("change, changed", [
+    (dict(n_kv_head=1), ("k_proj", "v_proj")), (dict(n_layer=1), ("o_proj", "down_proj")),
+    (dict(gate="none", norm="sandwich"), ()), (dict(gate="none", qk_norm=False), ()),
+    (MOE, ()), (dict(tie_embeddings=False), ("lm_head",)), (dict(mlp_hidden=32), (".mlp.",))])
+def test_any_other_flag_leaves_the_matrices_it_does_not_concern_alone(change, changed):
+    one, other = seeded(tiny(gate="none")).state_dict(), seeded(tiny(**change)).state_dict()
+    for name in one.keys() & other.keys():
+        assert torch.equal(one[name], other[name]) != any(part in name for part in changed), name
+
+
+def test_another_seed_makes_another_model():
+    one, other = seeded(tiny()).state_dict(), seeded(tiny(), seed=1).state_dict()
+    for name in (name for name in one if "norm" not in name):
+        assert not torch.equal(one[name], other[name]), name
+
+
+@pytest.mark.parametrize("n_layer", [1, 3])
+@pytest.mark.parametrize("experts", [dict(), MOE | dict(expert_hidden=64)], ids=["dense", "experts"])
+def test_matrices_start_at_002_and_those_into_the_residual_stream_smaller(n_layer, experts):
+    config = tiny(vocab_size=64, n_embd=64, mlp_hidden=64, n_layer=n_layer, tie_embeddings=False, **experts)
+    for name, p in seeded(config).named_parameters():
+        if p.dim() == 1:
+            assert (p == 1).all(), name
+            continue
+        std = 0.02 / math.sqrt(2 * n_layer) if "o_proj" in name or "down_proj" in name else 0.02
+        assert abs(p.mean()) < 5 * std / math.sqrt(p.numel()), name
+        assert abs(p.std() / std - 1) < 5 / math.sqrt(2 * p.numel()), name
+
+
+def test_two_matrices_of_one_shape_start_differently():
+    matrices = [p for p in seeded(tiny(tie_embeddings=False)).parameters() if p.dim() == 2]
+    for a, b in itertools.combinations(matrices, 2):
+        assert a.shape != b.shape or abs(torch.corrcoef(torch.stack((a.flatten(), b.flatten())))[0, 1]) < 0.5
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_gates_start_half_open(gate):
+    x = torch.randn(4, 8, 16, generator=torch.Generator().manual_seed(0))
+    score = seeded(tiny(gate=gate)).blocks[0].attn.gate.score(x)
+    assert abs(score.mean() - 0.5) < 0.01 and 0 < (score - 0.5).abs().max() < 0.15
+    blind = seeded(tiny(gate=gate, gate_input=False)).blocks[0].attn.gate.score(x)
+    assert (blind == 0.5).all()
+
+
+C, nh, nkv, hs, H, V, L = 16, 4, 2, 6, 24, 11, 3
+DENSE = V * C + C + L * (2 * C + 2 * C * nh * hs + 2 * C * nkv * hs + 2 * hs + 3 * C * H)
+
+
+@pytest.mark.parametrize("fields, more_per_layer", [
+    (dict(gate="none"), 0),
+    (dict(gate="g1"), C * nh * hs), (dict(gate="g2"), C * nkv * hs), (dict(gate="g3"), C * nkv * hs),
+    (dict(gate="g4"), C * nh * hs), (dict(gate="g5"), C * C),
+    (dict(gate="g1", gate_kind="headwise"), C * nh), (dict(gate="g2", gate_kind="headwise"), C * nkv),
+    (dict(gate="g1", gate_share=True), C * nh * hs), (dict(gate="g2", gate_share=True), C * nkv * hs),
+    (dict(gate="g1", gate_op="add", gate_act="silu"), C * nh * hs),
+    (dict(gate="g1", gate_act="ns_sigmoid"), C * nh * hs),
+    (dict(gate="g1", gate_input=False), nh * hs), (dict(gate="g2", gate_input=False), nkv * hs),
+    (dict(gate="g1", gate_input=False, gate_kind="headwise"), nh), (dict(gate="g5", gate_input=False), C),
+    (dict(gate="none", sdpa_norm=True), hs), (dict(gate="none", sdpa_silu=True), 0),
+    (dict(gate="none", norm="sandwich"), 2 * C), (dict(gate="none", qk_norm=False), -2 * hs),
+    (dict(gate="none", n_expert=4, expert_hidden=8), 4 * C + 4 * 3 * C * 8 - 3 * C * H),
+], ids=str)
+def test_each_variant_costs_the_parameters_that_the_paper_says(fields, more_per_layer):
+    shape = dict(n_embd=C, n_head=nh, n_kv_head=nkv, head_dim=hs, mlp_hidden=H, vocab_size=V, n_layer=L)
+    tied, untied = (GPT(GPTConfig(**shape, **fields, tie_embeddings=t)).num_params() for t in (True, False))
+    assert tied == DENSE + L * more_per_layer
+    assert untied == tied + V * C
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Causality and gradients
+
+
+@every_variant
+def test_the_future_cannot_leak(variant):
+    model, idx = lively(tiny(**variant)), tokens(1, 8)
+    for t in range(1, 8):
+        other = idx.clone()
+        other[0, t] = idx[0, t] % 10 + 1
+        with torch.no_grad():
+            change = (model(idx)[0] - model(other)[0]).abs().amax(-1)[0]  # (T,)
+        assert change[:t].max() < 1e-6
+        assert change[t] > 1e-3
+
+
+@every_variant
+def test_the_gradient_reaches_every_number_of_every_parameter(variant):
+    model = lively(tiny(**variant)).train()
+    idx = torch.stack([torch.randperm(11, generator=torch.Generator().manual_seed(s)) for s in range(6)])
+    model(idx[:, :8], idx[:, 1:9])[1].backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and (p.grad != 0).float().mean() > 0.99, name
+
+
+def test_the_loss_is_the_mean_cross_entropy_in_nats():
+    model, idx, targets = lively(tiny()), tokens(2, 8), tokens(2, 8, seed=1)
+    rows = [loop_forward(model, row).logits for row in idx]
+    nats = [np.log(np.exp(rows[b][t]).sum()) - rows[b][t][targets[b, t]] for b in range(2) for t in range(8)]
+    assert model(idx, targets)[1].item() == pytest.approx(np.mean(nats), abs=1e-5)
+    assert model(idx)[1] is None
+
+
+def test_dropout_acts_in_training_only():
+    model, idx = lively(tiny(dropout=0.5)), tokens(2, 8)
+    assert torch.equal(model(idx)[0], model(idx)[0])
+    assert_same_logits(model, lively(tiny()), idx, 1e-6)
+    model.train()
+    assert not torch.equal(model(idx)[0], model(idx)[0])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Mixture of experts
+
+
+def experts_and_loops(config, x):
+    """A layer of experts, its leaves and the loops' by name, and the output and router loss of the loops."""
+    module = lively(config).blocks[0].mlp.requires_grad_()
+    doubles = {name: p.detach().double().requires_grad_() for name, p in module.named_parameters()}
+    x = x.requires_grad_()
+    x64 = x.detach().double().requires_grad_()
+    expected, loss, _ = loop_experts(config, doubles, list(x64.flatten(0, 1)))
+    gradients_of = dict(module.named_parameters()) | {"x": x}
+    return module, gradients_of, doubles | {"x": x64}, torch.stack(expected).view_as(x64), loss
+
+
+@pytest.mark.parametrize("n_expert, active", [(1, 1), (4, 1), (4, 2), (4, 3), (8, 8)])
+def test_experts_agree_with_a_loop_over_tokens_in_outputs_losses_and_gradients(n_expert, active):
+    weights = dict(balance_loss=0.5, router_z_loss=0.2)
+    config = tiny(n_expert=n_expert, n_expert_active=active, expert_hidden=8, **weights)
+    generator = torch.Generator().manual_seed(0)
+    x, direction = torch.randn(2, 2, 7, 16, generator=generator)
+    module, ours, theirs, expected, expected_loss = experts_and_loops(config, x)
+    y = module(ours["x"])
+    assert torch.allclose(y.double(), expected, atol=1e-5)
+    assert module.router_loss.item() == pytest.approx(expected_loss.item(), abs=1e-5)
+    ((y * direction).sum() + module.router_loss).backward()
+    ((expected * direction).sum() + expected_loss).backward()
+    for name, p in ours.items():
+        reached = theirs[name].grad if theirs[name].grad is not None else torch.zeros_like(theirs[name])
+        assert torch.allclose(p.grad.double(), reached, atol=1e-4), name
+
+
+@pytest.mark.parametrize("active", [1, 2])
+def test_no_token_is_dropped_even_if_all_want_the_same_expert(active):
+    config = tiny(**MOE | dict(n_expert_active=active))
+    x = torch.rand(3, 8, 16, generator=torch.Generator().manual_seed(0))  # positive: expert 2 wins
+    model = lively(config)
+    with torch.no_grad():
+        model.blocks[0].mlp.router.weight[2] = 5
+    module = model.blocks[0].mlp
+    weights = {name: p.detach().double() for name, p in module.named_parameters()}
+    expected, _, visits = loop_experts(config, weights, list(x.double().flatten(0, 1)))
+    assert visits[2] == 24
+    y = module(x)
+    assert torch.allclose(y.double(), torch.stack(expected).view_as(y), atol=1e-5)
+    assert (y.abs().amax(-1) > 1e-4).all()
+
+
+def test_an_even_router_has_balance_one():
+    config = tiny(**MOE | dict(balance_loss=1.0, router_z_loss=0.0))
+    module = lively(config).blocks[0].mlp
+    torch.nn.init.zeros_(module.router.weight)
+    module(torch.randn(2, 8, 16))
+    assert module.router_loss.item() == pytest.approx(1.0)
+
+
+def test_router_losses_belong_to_training_only():
+    config = tiny(**MOE, balance_loss=0.5, router_z_loss=0.2)
+    model, idx, targets = lively(config), tokens(2, 8), tokens(2, 8, seed=1)
+    logits, loss = model(idx, targets)
+    assert loss.item() == pytest.approx(F.cross_entropy(logits.flatten(0, 1), targets.flatten()).item())
+    training_loss = model.train()(idx, targets)[1]
+    extra = sum(block.mlp.router_loss for block in model.blocks)
+    assert extra.item() > 0.5
+    assert (training_loss - loss).item() == pytest.approx(extra.item(), abs=1e-5)
+
+
+def test_without_experts_the_model_is_the_dense_one():
+    layer = ["attn_norm.weight", *(f"attn.{p}_proj.weight" for p in "qkvo"), "attn.q_norm.weight",
+             "attn.k_norm.weight", "attn.gate.gate_proj.weight", "mlp_norm.weight",
+             *(f"mlp.{p}_proj.weight" for p in ("gate", "up", "down"))]
+    expected = {"embed.weight", "norm.weight", "lm_head.weight"}
+    expected |= {f"blocks.{i}.{name}" for i in range(2) for name in layer}
+    dense = seeded(tiny(n_expert=0, n_expert_active=5, balance_loss=3.0))
+    assert dense.state_dict().keys() == expected
+    model, idx = seeded(tiny()), tokens(2, 8)
+    assert torch.equal(model(idx, idx)[1], dense(idx, idx)[1])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Generation
+
+
+@pytest.mark.parametrize("chunks", [[1] * 8, [3, 2, 3], [5, 1, 2], [7, 1]], ids=str)
+@every_variant
+def test_cached_logits_equal_uncached_ones(variant, chunks):
+    model, idx = lively(tiny(**variant)), tokens(2, 8)
+    cache, start = KVCache(model, 2), 0
+    with torch.no_grad():
+        expected = model(idx)[0]
+        for size in chunks:
+            cache.positions = torch.arange(start, start + size)
+            logits = model(idx[:, start:start + size], cache=cache)[0]
+            assert (logits - expected[:, start:start + size]).abs().max() < 1e-5
+            start += size
+
+
+def windows(prompt, text, block_size):
+    """What the model should see before each new token: all, or BOS and the last half if that is too long."""
+    window = prompt
+    for token in text[len(prompt):]:
+        if len(window) > block_size:
+            window = window[:1] + window[-(block_size // 2):]
+        yield window
+        window = window + [token]
+
+
+def watched_generate(model, idx, n, **options):
+    """generate, and what each step's forward was given and gave: (text, widths, logits of the last token)."""
+    widths, logits = [], []
+
+    def watch(module, inputs, output):
+        widths.append(inputs[0].size(1))
+        logits.append(output[0][:, -1])
+
+    handle = model.register_forward_hook(watch)
+    text = model.generate(idx, n, **options)
+    handle.remove()
+    return text, widths, logits
+
+
+@pytest.mark.parametrize("prompt_length", [1, 3, 8, 9, 21])
+@pytest.mark.parametrize("block_size", [2, 3, 5, 8])
+@pytest.mark.parametrize("name", ["none", "g1", "g2", "g3", "g4", "g5", "g1-no_input", "g2-gqa-experts"])
+def test_each_step_sees_what_a_plain_forward_over_its_window_sees(name, block_size, prompt_length):
+    model, prompt = lively(tiny(block_size=block_size, **VARIANTS[name])), tokens(1, prompt_length)
+    text, _, logits = watched_generate(model, prompt, 20, temperature=0)
+    assert text.shape == (1, prompt_length + 20) and torch.equal(text[:, :prompt_length], prompt)
+    steps = windows(prompt[0].tolist(), text[0].tolist(), block_size)
+    for i, (window, found) in enumerate(zip(steps, logits, strict=True)):
+        assert window[0] == 0 and block_size // 2 < len(window) or len(window) == prompt_length + i
+        with torch.no_grad():
+            expected = model(torch.tensor([window]))[0][:, -1]
+        assert (found - expected).abs().max() < 1e-5
+        assert text[0, prompt_length + i] == expected.argmax()
+
+
+def test_each_new_token_costs_one_forward_of_one_token():
+    _, widths, _ = watched_generate(lively(tiny()), tokens(2, 3), 10)
+    assert widths == [3, 1, 1, 1, 1, 1] + [5, 1, 1, 1]  # full at 8 tokens: again from BOS and the last four
+
+
+@pytest.mark.parametrize("variant", [VARIANTS["g1"], VARIANTS["g2-gqa-experts"]], ids=["g1", "experts"])
+def test_the_rows_of_a_batch_do_not_disturb_each_other(variant):
+    model, idx = lively(tiny(**variant)), tokens(3, 4)
+    together = model.generate(idx, 15, temperature=0)
+    alone = [model.generate(row[None], 15, temperature=0) for row in idx]
+    assert torch.equal(together, torch.cat(alone))
+
+
+def test_no_new_tokens_is_the_prompt():
+    idx = tokens(2, 4)
+    assert torch.equal(lively(tiny()).generate(idx, 0), idx)
+    assert list(lively(tiny()).stream(idx, 0)) == []
+
+
+def test_stream_yields_what_generate_returns():
+    model, idx = lively(tiny()), tokens(2, 4)
+    text = model.generate(idx, 12, generator=torch.Generator().manual_seed(3))
+    new = list(model.stream(idx, 12, generator=torch.Generator().manual_seed(3)))
+    assert torch.equal(text[:, 4:], torch.stack(new, 1))
+
+
+def test_the_same_seed_gives_the_same_text_and_another_one_another():
+    model, idx = lively(tiny()), tokens(2, 4)
+    texts = [model.generate(idx, 30, generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
+
+
+@pytest.mark.parametrize("options", [dict(temperature=0), dict(temperature=0, top_k=3), dict(top_k=1),
+                                     dict(temperature=5.0, top_k=1), dict(temperature=1e-4)], ids=str)
+def test_temperature_zero_and_top_k_one_are_greedy(options):
+    model, idx = lively(tiny()), tokens(2, 4)
+    greedy = idx
+    for _ in range(4):
+        greedy = torch.cat((greedy, model(greedy)[0][:, -1:].argmax(-1)), 1)
+    assert torch.equal(model.generate(idx, 4, **options), greedy)
+
+
+@pytest.mark.parametrize("temperature, top_k", [(1.0, None), (0.5, None), (2.0, None), (1.0, 3), (2.0, 4),
+                                                (1.0, 99)])
+def test_sampling_follows_the_softmax_with_temperature_over_the_top_k(temperature, top_k):
+    logits = [0.3, -1.0, 2.0, 1.0, 0.0, -3.0]
+    kept = sorted(logits)[-(top_k or 6):]
+    weights = [math.exp(z / temperature) if z in kept else 0 for z in logits]
+    rows = torch.tensor(logits).expand(20_000, 6)
+    drawn = sample(rows, temperature, top_k, torch.Generator().manual_seed(0)).flatten().bincount(minlength=6)
+    for count, weight in zip(drawn.tolist(), weights):
+        assert count / 20_000 == pytest.approx(weight / sum(weights), abs=0.015)
+        assert count == 0 or weight > 0
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_generation_leaves_the_mode_as_it_was_even_when_it_fails_or_is_broken_off(training):
+    model = lively(tiny(dropout=0.5)).train(training)
+    greedy = [model.generate(tokens(1, 4), 10, temperature=0) for _ in range(2)]
+    assert torch.equal(*greedy)  # no dropout meanwhile
+    assert all(module.training == training for module in model.modules())
+    with pytest.raises(IndexError):
+        model.generate(torch.tensor([[0, 11]]), 3)
+    assert all(module.training == training for module in model.modules())
+    stream = model.stream(tokens(1, 4), 10)
+    next(stream)
+    stream.close()
+    assert all(module.training == training for module in model.modules())
+
+
+def test_generation_makes_no_graph():
+    assert not watched_generate(lively(tiny()), tokens(1, 4), 3)[2][-1].requires_grad
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Mistakes
+
+
+@pytest.mark.parametrize("fields, said", [
+    (dict(gate="g6"), ["gate='g6'", "g1", "g5"]), (dict(gate=None), ["gate=None"]),
+    (dict(gate_kind="channel"), ["gate_kind='channel'", "elementwise", "headwise"]),
+    (dict(gate_act="relu"), ["gate_act='relu'", "ns_sigmoid"]),
+    (dict(gate_op="divide"), ["gate_op='divide'", "add"]),
+    (dict(norm="post"), ["norm='post'", "sandwich"]),
+    *[({name: 0}, [f"{name}=0", "1"]) for name in (
+        "vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "mlp_hidden",
+        "n_expert_active", "expert_hidden")],
+    (dict(n_expert=-1), ["n_expert=-1", "0"]), (dict(block_size=1), ["block_size=1", "2"]),
+    (dict(n_embd=18), ["n_embd=18", "n_head=4", "head_dim"]), (dict(head_dim=5), ["head_dim=5", "even"]),
+    (dict(n_embd=12), ["head_dim=3", "even"]), (dict(n_kv_head=3), ["n_head=4", "n_kv_head=3"]),
+    (dict(n_kv_head=8), ["n_head=4", "n_kv_head=8"]),
+    (dict(gate="g3", gate_kind="headwise"), ["gate_kind=headwise", "gate=g3", "qk_norm"]),
+    (dict(gate="g4", gate_kind="headwise"), ["gate_kind=headwise", "gate=g4", "qk_norm"]),
+    (dict(gate="g5", gate_kind="headwise"), ["gate=g5", "gate_kind=headwise"]),
+    (dict(gate="g5", gate_share=True), ["gate=g5", "gate_share=True"]),
+    (dict(gate_kind="headwise", gate_share=True), ["gate_kind=headwise", "gate_share"]),
+    (dict(dropout=1.0), ["dropout=1.0"]), (dict(dropout=-0.1), ["dropout=-0.1"]),
+    (dict(dropout=math.nan), ["dropout=nan"]),
+    (dict(norm_eps=0), ["norm_eps=0"]), (dict(rope_base=-1), ["rope_base=-1"]),
+    (dict(n_expert=2, n_expert_active=3), ["n_expert=2", "n_expert_active=3"]),
+    (dict(n_expert=4, n_embd=12, head_dim=4), ["n_embd=12", "8"]),
+    (dict(n_expert=4, expert_hidden=12), ["expert_hidden=12", "8"]),
+    (dict(balance_loss=-1), ["balance_loss=-1"]), (dict(router_z_loss=-0.5), ["router_z_loss=-0.5"]),
+], ids=str)
+def test_a_config_that_makes_no_sense_is_refused_with_its_values(fields, said):
+    with pytest.raises(ValueError) as error:
+        tiny(**fields)
+    assert all(part in str(error.value) for part in said), error.value
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_needs_to_know_its_vocabulary():
+    with pytest.raises(ValueError, match="vocab_size=None"):
+        GPT(GPTConfig())
+
+
+def test_a_text_longer_than_the_window_is_refused_with_both_numbers():
+    with pytest.raises(ValueError, match="9.*block_size=8"):
+        lively(tiny())(tokens(1, 9))
+
+
+@pytest.mark.parametrize("name, said", [
+    ("none", "none"), ("g1", "g1"), ("g1-headwise", "g1-headwise"), ("g2-shared", "g2-shared"),
+    ("g1-add-silu", "g1-add-silu"), ("g1-ns_sigmoid", "g1-ns_sigmoid"), ("g1-no_input", "g1-no_input"),
+    ("sdpa_norm", "none-sdpa_norm")])
+def test_a_variant_has_a_name(name, said):
+    assert tiny(**VARIANTS[name]).variant == said
