@@ -99,7 +99,9 @@ def draw_maps(model, idx, tokenizer, path):
 
 
 def parse_flags(argv=None):
-    parser = argparse.ArgumentParser(prog="sample.py", description=__doc__, allow_abbrev=False,
+    parser = argparse.ArgumentParser(prog="sample.py", usage="sample.py [--flag=value ...]",
+                                     allow_abbrev=False,
+                                     description=__doc__.partition("\nAlso")[0],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", help="a checkpoint, or the folder of a run [the newest run in out/]")
     parser.add_argument("--prompt", default="", help="text to go on from; -: from standard input [none]")

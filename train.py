@@ -1,11 +1,14 @@
 """
 Train a gated GPT:
 
-    python train.py                            a text model on this machine, in minutes
-    python train.py --preset=sink --gate=none  make an attention sink in a minute; --gate=g1 removes it
+    python train.py                            a text model, in minutes
+    python train.py --preset=sink --gate=none  an attention sink, in a minute
+    python train.py --preset=sink --gate=g1    the same, gated: no sink
     python train.py --help                     every flag
 
-A flag is a field of GPTConfig (gated_gpt.py) or TrainConfig (below); a preset is a table of their values.
+A flag is a field of GPTConfig (gated_gpt.py) or TrainConfig (here).
+A preset is a table of their values, which flags of your own override.
+
 Reading order: TrainConfig -> PRESETS -> Windows -> make_optimizers -> Run.loop and Run.step.
 """
 import argparse
@@ -15,9 +18,11 @@ import inspect
 import math
 import re
 import signal
+import textwrap
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -132,17 +137,18 @@ def choose_dtype(name, device):
 
 def try_compile(model, batch, precision):
     """(model to train with, reason): compiled if a forward and a backward go through, else as it was."""
-    compiled = torch.compile(model)
-    random_state = torch.get_rng_state()
+    device = batch[0].device
+    states = random_states(device)
     try:
+        compiled = torch.compile(model)
         with precision:
             compiled(*batch)[1].backward()
     except Exception as error:  # whatever goes wrong in a compiler: training works without
         reason = " ".join(str(error).split())[:200]
         return model, f"off: torch.compile failed with {type(error).__name__}: {reason}"
     finally:
-        model.zero_grad(set_to_none=True)
-        torch.set_rng_state(random_state)  # the trial's dropout must not shift the training's
+        model.zero_grad()
+        set_random_states(states, device)  # the trial's dropout must not shift the training's
     return compiled, "on"
 
 
@@ -241,10 +247,9 @@ def line(row, config, c):
 def run_folder(config, c):
     """Where a new run goes: --out if it is free, else out/<data>-<variant>, -2, -3, ..."""
     if c.out is None:
-        base, number = f"out/{c.data}-{config.variant}", 1
-        while Path(base + (f"-{number}" if number > 1 else "")).exists():
-            number += 1
-        return Path(base + (f"-{number}" if number > 1 else ""))
+        name = f"out/{c.data}-{config.variant}"
+        numbered = map(Path, chain([name], (f"{name}-{i}" for i in count(2))))
+        return next(path for path in numbered if not path.exists())
     if list(Path(c.out).glob("*.pt")) and not c.overwrite:
         raise ValueError(f"{c.out} holds a run already: --resume goes on with it, --overwrite replaces it, "
                          "another --out leaves it alone")
@@ -255,7 +260,6 @@ def run_folder(config, c):
 def stop_signals():
     """A list that fills when SIGINT or SIGTERM comes, so that the loop can end after the step under way."""
     came, before = [], {}
-
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
             before[number] = signal.signal(number, lambda number, frame: came.append(number))
@@ -335,6 +339,8 @@ class Run:
     def start(self, config):
         """A new run: fresh weights from the seed."""
         self.out = run_folder(config, self.c)
+        for old in self.out.glob("*.pt") if self.c.overwrite else ():
+            old.unlink()
         torch.manual_seed(self.c.seed)
         self.model = GPT(config).to(self.device)
         torch.manual_seed(self.c.seed)  # again, so that dropout is the same for every gate
@@ -346,6 +352,9 @@ class Run:
         self.out = Path(self.c.out) if self.c.out else newest_run()
         path = checkpoint_in(self.out)
         self.model, self.state = load_checkpoint(path, self.device)
+        if self.state["step"] >= self.c.max_steps:
+            raise ValueError(f"{path} is at step {self.state['step']} of max_steps={self.c.max_steps}: "
+                             "a larger --max_steps goes on")
         if self.model.config != config:
             differs = [f"{f.name}={getattr(config, f.name)} (there {getattr(self.model.config, f.name)})"
                        for f in dataclasses.fields(config)
@@ -385,7 +394,10 @@ class Run:
                 bar.update()
                 evaluating = state["step"] % c.eval_every == 0 or state["step"] == c.max_steps
                 if evaluating or stop or len(pending) == 20:
-                    self.check_finite(torch.stack(pending).tolist())
+                    first = state["step"] + 1 - len(pending)
+                    for step, loss in enumerate(torch.stack(pending).tolist(), first):
+                        self.check_finite("training", loss, step)
+                        state["losses"].append(loss)
                     pending.clear()
                     bar.set_postfix_str(f"loss {state['losses'][-1]:.3f}", refresh=False)
                 if evaluating:
@@ -417,24 +429,23 @@ class Run:
         self.tokens += offsets.size * self.model.config.block_size
         return total
 
-    def check_finite(self, losses):
-        """Take the losses of the last steps into the state; stop the run if one is not finite."""
-        first = self.state["step"] - len(losses) + 1
-        for step, loss in enumerate(losses, first):
-            if not math.isfinite(loss):
-                rate, kept = learning_rate_at(step - 1, self.c), "no checkpoint was made yet"
-                if self.state["log"]:
-                    kept = f"{checkpoint_in(self.out)} is from step {self.state['log'][-1]['step']}"
-                raise FloatingPointError(
-                    f"the loss is {loss} at step {step}, learning rate {rate:.2g}: try a smaller "
-                    f"--learning_rate, more --warmup_steps or a smaller --grad_clip; {kept}")
-        self.state["losses"] += losses
+    def check_finite(self, what, loss, step):
+        """Stop the run if a loss is not finite; the checkpoints of before stay."""
+        if math.isfinite(loss):
+            return
+        rate, kept = learning_rate_at(step - 1, self.c), "no checkpoint was made yet"
+        if self.state["log"]:
+            kept = f"{checkpoint_in(self.out)} is from step {self.state['log'][-1]['step']}"
+        raise FloatingPointError(
+            f"the {what} loss is {loss} at step {step}, learning rate {rate:.2g}: try a smaller "
+            f"--learning_rate, more --warmup_steps or a smaller --grad_clip; {kept}")
 
     def evaluate(self):
         """Validation loss and measurements: a line, a row of the log, a checkpoint."""
         c, state = self.c, self.state
         seconds = time.perf_counter() - self.began
         val = self.val_loss()
+        self.check_finite("validation", val, state["step"])
         bytes_per_token = (self.meta["val"]["bytes"] or math.nan) / self.meta["val"]["tokens"]
         row = dict.fromkeys(COLUMNS, math.nan) | {
             "step": state["step"], "train_loss": sum(state["losses"]) / len(state["losses"]), "val_loss": val,
@@ -471,6 +482,8 @@ class Run:
             self.save("last")
         if c.keep != "last" and better:
             self.save("best")
+        if c.keep == "best":  # what an interruption may have left
+            (self.out / "last.pt").unlink(missing_ok=True)
         with open(self.out / "log.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
             writer.writeheader()
@@ -504,20 +517,30 @@ def add_flags(parser, *configs, skip=()):
     for title, f, comment in (row for cls in configs for row in fields_of(cls) if row[1].name not in skip):
         groups[title] = groups.get(title) or parser.add_argument_group(title)
         kind = next(t for t in (*get_args(f.type), f.type) if t is not type(None))  # int | None: int
-        options = {"choices": get_args(f.type)} if get_origin(f.type) is Literal else \
-                  {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
-        default = "" if f.default is None else f" [{f.default}]"
-        groups[title].add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=comment + default,
-                                   **options)
+        if get_origin(f.type) is Literal:
+            options = {"choices": get_args(f.type)}
+        elif kind is bool:
+            options = {"action": argparse.BooleanOptionalAction}
+        else:
+            options = {"type": kind, "metavar": {int: "N", float: "X", str: "NAME"}[kind]}
+        default = {True: "on", False: "off"}[f.default] if type(f.default) is bool else f.default
+        options["help"] = comment + (f" [{default}]" if default is not None else "")
+        groups[title].add_argument(f"--{f.name}", default=argparse.SUPPRESS, **options)
 
 
 def parse_flags(argv=None):
     """The flags that were really given, as {name: value}."""
-    parser = argparse.ArgumentParser(prog="train.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    presets = "\n".join(
+        textwrap.fill(" ".join(f"{k}={v}" for k, v in values.items()), 78,
+                      initial_indent=f"  {name:<8}", subsequent_indent=" " * 10)
+        for name, values in PRESETS.items())
+    parser = argparse.ArgumentParser(
+        prog="train.py", usage="train.py [--preset=NAME] [--flag=value ...]  (--help lists the flags)",
+        description=__doc__.partition("\nReading order")[0], epilog="presets:\n" + presets,
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30))
     parser.add_argument("--preset", choices=list(PRESETS), default=argparse.SUPPRESS,
-                        help="a table of values for the flags below, which flags of your own override "
-                             "[laptop, or gpu where there is CUDA]")
+                        help="a table of values, see below [laptop; gpu where there is CUDA]")
     add_flags(parser, TrainConfig, GPTConfig)
     return vars(parser.parse_args(argv))
 

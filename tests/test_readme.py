@@ -1,0 +1,64 @@
+"""Claims about README.md: its commands run, and its picture and links are there."""
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```sh\n(.+?)^```$", README, re.M | re.S)
+FEWER_STEPS = {"train.py": ["--max_steps=4", "--eval_every=2", "--eval_windows=4"], "sample.py": ["--tokens=5"],
+               "compare_gates.py": ["--steps=2", "--seeds=1"]}
+
+
+def commands(block):
+    """The python commands of a block as argument lists, without what installs packages or runs these tests."""
+    for part in re.split(r"\n|&&", block):
+        words = shlex.split(part, comments=True)
+        if words[:1] == [".venv/bin/python"] and "pytest" not in words:
+            yield [sys.executable, *words[1:]]
+
+
+def shortened(words):
+    """The same command with few steps: flags that a user gives last win."""
+    return words + next((flags for script, flags in FEWER_STEPS.items() if words[1].endswith(script)), [])
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A copy of the project, as a newcomer has it: no runs, no prepared data. Later commands find earlier runs."""
+    folder = tmp_path_factory.mktemp("clone") / "gated-gpt"
+    prepared = [path.parent.name for path in ROOT.glob("data/*/meta.json")]
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns("out", ".git", ".venv", "__pycache__", *prepared))
+    return folder
+
+
+def test_a_newcomer_needs_one_line_to_train_and_one_to_test():
+    lines = [line for block in BLOCKS for line in block.splitlines()]
+    install = "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt"
+    assert f"{install} && .venv/bin/python train.py" in lines
+    assert f"{install} -r tests/requirements.txt && .venv/bin/python -m pytest" in lines
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=[block.splitlines()[0][:60] for block in BLOCKS])
+def test_every_command_runs(block, clone):
+    for words in commands(block):
+        if {"shakespeare", "fineweb"} & set(words):  # downloads are tested in test_data.py, on this machine
+            continue
+        more = ["--max_steps=8"] if "--resume" in words else []
+        ran = subprocess.run(shortened(words) + more, cwd=clone, capture_output=True, text=True, timeout=120)
+        assert ran.returncode == 0, ran.stderr
+
+
+def test_every_link_leads_somewhere():
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_no_line_of_the_readme_is_a_placeholder():
+    assert not re.search(r"^[A-Z]{6,}$", README, re.M)
