@@ -35,6 +35,18 @@ import torch.nn.functional as F
 from torch import nn
 
 
+def check_fields(config, **least):
+    """ValueError if a field is none of its Literal's choices, or a number below its least (1; floats 0)."""
+    for f in dataclasses.fields(config):
+        value, choices = getattr(config, f.name), get_args(f.type)
+        if get_origin(f.type) is Literal and value not in choices:
+            raise ValueError(f"{f.name}={value!r} is not one of {', '.join(choices)}")
+        if f.type in (int, int | None, float) and value is not None:
+            lowest = least.get(f.name, 0 if f.type is float else 1)
+            if not lowest <= value < math.inf:
+                raise ValueError(f"{f.name}={value} must be at least {lowest}, and finite")
+
+
 @dataclass
 class GPTConfig:
     """The shape of the model. A field is a flag of train.py, and its comment is the flag's help.
@@ -73,12 +85,7 @@ class GPTConfig:
     router_z_loss: float = 0.001  # weight of the router z-loss
 
     def __post_init__(self):
-        for f in dataclasses.fields(self):
-            value, choices = getattr(self, f.name), get_args(f.type)
-            if get_origin(f.type) is Literal and value not in choices:
-                raise ValueError(f"{f.name}={value!r} is not one of {', '.join(choices)}")
-            if f.type in (int, int | None) and value is not None and value < (f.name != "n_expert"):
-                raise ValueError(f"{f.name}={value} must be at least {int(f.name != 'n_expert')}")
+        check_fields(self, n_expert=0)
         if self.n_kv_head is None:
             self.n_kv_head = self.n_head
         if self.head_dim is None:
@@ -111,7 +118,7 @@ class GPTConfig:
                "are no heads any more; g5 is elementwise and not shared")
         refuse(headwise and self.gate_share, "gate_kind=headwise with gate_share=True: a score for each head "
                "can't be one for all heads; choose one of the two")
-        refuse(not 0 <= self.dropout < 1, f"dropout={self.dropout} must be at least 0 and below 1")
+        refuse(self.dropout >= 1, f"dropout={self.dropout} must be below 1")
         refuse(not (self.norm_eps > 0 and self.rope_base > 0),
                f"norm_eps={self.norm_eps} and rope_base={self.rope_base} must be above 0")
         refuse(self.n_expert and self.n_expert_active > self.n_expert,
@@ -120,8 +127,6 @@ class GPTConfig:
         refuse(self.n_expert and (self.n_embd % 8 or self.expert_hidden % 8),
                f"n_embd={self.n_embd} and expert_hidden={self.expert_hidden} must be multiples of 8 with "
                "experts: grouped_mm wants its rows aligned")
-        refuse(min(self.balance_loss, self.router_z_loss) < 0, f"balance_loss={self.balance_loss} and "
-               f"router_z_loss={self.router_z_loss} must not be negative")
 
     @property
     def variant(self):

@@ -31,7 +31,15 @@ import torch
 from tqdm import tqdm
 
 from data import prepare
-from gated_gpt import GPT, GPTConfig, load_checkpoint, measure, save_checkpoint, uniform_share
+from gated_gpt import (
+    GPT,
+    GPTConfig,
+    check_fields,
+    load_checkpoint,
+    measure,
+    save_checkpoint,
+    uniform_share,
+)
 from sample import checkpoint_in, layer_table, newest_run, run_main, stream_text
 
 
@@ -69,14 +77,7 @@ class TrainConfig:
     threads: int | None = None  # CPU threads; default one per core
 
     def __post_init__(self):
-        for f in dataclasses.fields(self):
-            value, least = getattr(self, f.name), int(f.name not in ("seed", "warmup_steps"))
-            if get_origin(f.type) is Literal and value not in get_args(f.type):
-                raise ValueError(f"{f.name}={value!r} is not one of {', '.join(get_args(f.type))}")
-            if f.type in (int, int | None) and value is not None and value < least:
-                raise ValueError(f"{f.name}={value} must be at least {least}")
-            if f.type is float and not 0 <= value < math.inf:
-                raise ValueError(f"{f.name}={value} must be a number that is not negative")
+        check_fields(self, seed=0, warmup_steps=0)
         for name in ("beta1", "beta2"):
             if getattr(self, name) >= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be below 1")

@@ -263,9 +263,9 @@ def backcopy_text(chars, seed=0):
     A Markov chain over 62 characters whose rows are drawn once from a Dirichlet(0.3), except that after a
     trigger the next character is, half of the time, a copy of the one *before* the trigger: "kck".
 
-    So a head has work at triggers and none elsewhere. Only half of the time: were it always, nothing else need
-    be known of a trigger, its embedding would shrink, and attention's output would count at triggers only, not
-    beside the long embeddings of all others; a head whose output doesn't count there needs no sink. The seed
+    So a head has work at triggers and none elsewhere. Only half of the time: were it always, nothing else
+    need be known of a trigger, its embedding would shrink, and attention's output would count at triggers but
+    not beside the long embeddings of all others; a head whose output doesn't count needs no sink. The seed
     fixes the text on every machine: a last bit rounded otherwise would have to meet one of 62 x 2^16 levels.
     """
     rng = np.random.default_rng(seed)
