@@ -37,6 +37,16 @@ def checkpoint_in(run, prefer="last"):
     return next((file for file in files if file.stem == prefer), files[0])
 
 
+def checked_device(name):
+    """The torch.device of that name. ValueError if it is not there."""
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={name} can't be used here ({str(error).splitlines()[0]}): try "
+                         "--device=cpu") from None
+
+
 def tokens_of(text, tokenizer, bos):
     """BOS and the tokens of `text`: (1, t). What looks like a special token in the text is plain text."""
     return torch.tensor([[bos, *tokenizer.encode_ordinary(text)]])
@@ -74,7 +84,10 @@ def layer_table(layers, T):
 
 def draw_maps(model, idx, tokenizer, path):
     """A picture of each layer's attention on idx (1, T), mean over heads: queries down, keys across."""
-    import matplotlib  # asked for only here
+    try:
+        import matplotlib  # asked for only here
+    except ImportError:
+        raise ValueError("--attn_map needs matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -121,11 +134,32 @@ def parse_flags(argv=None):
     return flags
 
 
+def show(prompt, made, samples, tokenizer):
+    """Print texts from GPT.stream, a single one as it is made; returns their token numbers."""
+    if samples == 1:
+        text = []
+
+        def noted():
+            for token in made:
+                text.append(token.item())
+                yield text[-1]
+
+        print(prompt, end="", flush=True)
+        for piece in stream_text(noted(), tokenizer):
+            print(piece, end="", flush=True)
+        print()
+        return [text]
+    texts = list(zip(*(tokens.tolist() for tokens in made))) or [()] * samples
+    for i, text in enumerate(texts, 1):
+        print(f"--- {i} ---\n{prompt}{''.join(stream_text(text, tokenizer))}")
+    return texts
+
+
 def main(argv=None):
     flags = parse_flags(argv)
     path = Path(flags.ckpt) if flags.ckpt else newest_run()
     path = checkpoint_in(path, prefer="best") if path.is_dir() else path
-    model, state = load_checkpoint(path, flags.device)
+    model, state = load_checkpoint(path, checked_device(flags.device))
     prompt = sys.stdin.read() if flags.prompt == "-" else flags.prompt
     tokenizer = prepare.get_tokenizer(state["tokenizer"])
     idx = tokens_of(prompt, tokenizer, prepare.bos_id(state["tokenizer"])).to(flags.device)
@@ -133,25 +167,11 @@ def main(argv=None):
           f"{state['train_config']['data']}\n")
 
     generator = torch.Generator(flags.device).manual_seed(flags.seed)
-    made = []  # (samples,) each
+    made = model.stream(idx.expand(flags.samples, -1), flags.tokens, flags.temperature, flags.top_k,
+                        generator)
+    texts = show(prompt, made, flags.samples, tokenizer)
 
-    def rows():
-        start = idx.expand(flags.samples, -1)
-        for tokens in model.stream(start, flags.tokens, flags.temperature, flags.top_k, generator):
-            made.append(tokens)
-            yield tokens
-
-    if flags.samples == 1:
-        print(prompt, end="", flush=True)
-        for piece in stream_text((tokens.item() for tokens in rows()), tokenizer):
-            print(piece, end="", flush=True)
-        print()
-    else:
-        texts = torch.stack(list(rows()) or [idx.new_zeros(flags.samples)[:0]]).T.tolist()
-        for i, tokens in enumerate(texts, 1):
-            print(f"--- {i} ---\n{prompt}{''.join(stream_text(tokens, tokenizer))}")
-
-    whole = torch.cat((idx[0], *(tokens[:1] for tokens in made)))[None]  # (1, t): BOS, prompt, first sample
+    whole = torch.cat((idx, idx.new_tensor(texts[:1])), dim=1)  # (1, t): BOS, prompt, first text
     room = model.config.block_size
     window = whole if whole.size(1) <= room else torch.cat((whole[:, :1], whole[:, 1 - room :]), dim=1)
     if flags.attn_share:
@@ -167,6 +187,8 @@ def main(argv=None):
 def run_main(main):
     """main(), but what a user can mend ends in one sentence and exit status 2, without a traceback."""
     name = os.path.basename(sys.argv[0])
+    if hasattr(sys.stdout, "reconfigure"):  # a pipe or a terminal that can't show a character shows a ?
+        sys.stdout.reconfigure(errors="replace")
     try:
         main()
     except (ValueError, OSError, FloatingPointError) as error:

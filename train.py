@@ -17,6 +17,7 @@ import dataclasses
 import inspect
 import math
 import re
+import shlex
 import signal
 import textwrap
 import time
@@ -40,7 +41,7 @@ from gated_gpt import (
     save_checkpoint,
     uniform_share,
 )
-from sample import checkpoint_in, layer_table, newest_run, run_main, stream_text
+from sample import checked_device, checkpoint_in, layer_table, newest_run, run_main, stream_text
 
 
 @dataclass
@@ -111,13 +112,8 @@ PRESETS = {
 
 def choose_device(name):
     """(device, reason)"""
-    try:
-        if name != "auto":
-            torch.empty(0, device=name)
-            return torch.device(name), "as asked"
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device={name} can't be used here ({str(error).splitlines()[0]}): try "
-                         "--device=cpu, or auto") from None
+    if name != "auto":
+        return checked_device(name), "as asked"
     if torch.cuda.is_available():
         return torch.device("cuda"), torch.cuda.get_device_name()
     if torch.backends.mps.is_available():
@@ -340,7 +336,7 @@ class Run:
     def start(self, config):
         """A new run: fresh weights from the seed."""
         self.out = run_folder(config, self.c)
-        for old in self.out.glob("*.pt") if self.c.overwrite else ():
+        for old in (*self.out.glob("*.pt"), *self.out.glob("log.csv")) if self.c.overwrite else ():
             old.unlink()
         torch.manual_seed(self.c.seed)
         self.model = GPT(config).to(self.device)
@@ -403,8 +399,8 @@ class Run:
                     bar.set_postfix_str(f"loss {state['losses'][-1]:.3f}", refresh=False)
                 if evaluating:
                     self.evaluate()
-                if stop:
-                    if not evaluating:
+                if stop and state["step"] < c.max_steps:
+                    if not evaluating or c.keep == "best":
                         self.save("last")
                     raise KeyboardInterrupt
         return state["log"]
@@ -435,8 +431,8 @@ class Run:
         if math.isfinite(loss):
             return
         rate, kept = learning_rate_at(step - 1, self.c), "no checkpoint was made yet"
-        if self.state["log"]:
-            kept = f"{checkpoint_in(self.out)} is from step {self.state['log'][-1]['step']}"
+        if any(self.out.glob("*.pt")):
+            kept = f"{checkpoint_in(self.out)} is from before"
         raise FloatingPointError(
             f"the {what} loss is {loss} at step {step}, learning rate {rate:.2g}: try a smaller "
             f"--learning_rate, more --warmup_steps or a smaller --grad_clip; {kept}")
@@ -555,6 +551,8 @@ def make_configs(values):
 def configs_from(flags):
     """(GPTConfig, TrainConfig, why) from flags over a preset, or over a checkpoint's when resuming."""
     if flags.get("resume"):
+        if "preset" in flags:
+            raise ValueError(f"preset={flags['preset']} and resume: a run has its own values; leave one out")
         out = Path(flags["out"]) if "out" in flags else newest_run()
         model, state = load_checkpoint(checkpoint_in(out))
         why, values = f"preset   as in {out}", dataclasses.asdict(model.config) | state["train_config"]
@@ -578,7 +576,7 @@ def main(argv=None):
         log = run.loop()
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"stopped at step {run.state['step']} and saved; to go on: "
-                                f"python train.py --resume --out={run.out}") from None
+                                f"python train.py --resume --out={shlex.quote(str(run.out))}") from None
     best = min(log, key=lambda row: row["val_loss"])
     print(f"\nbest val loss {best['val_loss']:.4f} nats per token = {best['bits_per_byte']:.4f} bits per "
           f"byte, step {best['step']:,}; {run.state['seconds']:.0f} s")
@@ -589,7 +587,7 @@ def main(argv=None):
     model = load_checkpoint(path)[0]
     tokens = model.stream(torch.tensor([[run.meta["bos"]]]), 120, temperature=0.8, generator=generator)
     print(f"\na sample from {path}:\n" + "".join(stream_text((t.item() for t in tokens), tokenizer)))
-    print(f"\nmore: python sample.py --ckpt={path}")
+    print(f"\nmore: python sample.py --ckpt={shlex.quote(str(path))}")
 
 
 if __name__ == "__main__":

@@ -255,7 +255,7 @@ def prepare_python(root=DATA):
 
 
 ALPHABET = string.ascii_letters + string.digits   # 62 characters
-TRIGGERS = "Ocu"   # the three most frequent characters of the chain that seed 0 draws
+TRIGGERS = "uvx"   # 7% of the text
 
 
 def backcopy_text(chars, seed=0):
@@ -287,7 +287,8 @@ def backcopy_text(chars, seed=0):
 def prepare_backcopy(root=DATA, chars=10_000_000, seed=0):
     """A task that needs attention at some tokens and none at all the others, which is when a sink forms."""
     chunks = encode(split_each([backcopy_text(chars, seed)]), "bytes", bos=False)
-    return write_set("backcopy", root, "bytes", f"{chars:,} characters, seed {seed}", chunks)
+    source = f"{chars:,} characters, seed {seed}; after {TRIGGERS} a copy, half of the time"
+    return write_set("backcopy", root, "bytes", source, chunks)
 
 
 # --- sets that are downloaded -------------------------------------------------------------------------------

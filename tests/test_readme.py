@@ -11,12 +11,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```sh\n(.+?)^```$", README, re.M | re.S)
-FEWER_STEPS = {"train.py": ["--max_steps=4", "--eval_every=2", "--eval_windows=4"], "sample.py": ["--tokens=5"],
-               "compare_gates.py": ["--steps=2", "--seeds=1"]}
+FEWER_STEPS = {"train.py": ["--max_steps=4", "--eval_every=2", "--eval_windows=4"],
+               "sample.py": ["--tokens=5"], "compare_gates.py": ["--steps=2", "--seeds=1"]}
 
 
 def commands(block):
-    """The python commands of a block as argument lists, without what installs packages or runs these tests."""
+    """The python commands of a block as argument lists, without what installs or runs these tests."""
     for part in re.split(r"\n|&&", block):
         words = shlex.split(part, comments=True)
         if words[:1] == [".venv/bin/python"] and "pytest" not in words:
@@ -30,10 +30,11 @@ def shortened(words):
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
-    """A copy of the project, as a newcomer has it: no runs, no prepared data. Later commands find earlier runs."""
+    """The project as a newcomer has it: no runs, no prepared data. Commands find what earlier ones made."""
     folder = tmp_path_factory.mktemp("clone") / "gated-gpt"
     prepared = [path.parent.name for path in ROOT.glob("data/*/meta.json")]
-    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns("out", ".git", ".venv", "__pycache__", *prepared))
+    left_out = shutil.ignore_patterns("out", ".git", ".venv", "__pycache__", *prepared)
+    shutil.copytree(ROOT, folder, ignore=left_out)
     return folder
 
 
