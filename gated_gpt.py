@@ -16,8 +16,10 @@ Names, in the shapes below and in the paper:
     B, T   batch, time (tokens in a window)      C    channels, n_embd (the paper's d_model)
     nh     query heads, n_head (q)               nkv  key/value heads, n_kv_head (k)
     hs     channels of one head, head_dim (d_k)  V    vocab_size
-    x      input of attention after the pre-norm, (B, T, C): the paper's X, which makes q, k, v and the gate
-    y      what a gate multiplies: the paper's Y
+    x      in Attention and Gate: the pre-normed input (B, T, C), the paper's X, which makes q, k, v and the
+           scores; in Block and GPT: the residual stream (B, T, C)
+    y      what a gate acts on: the paper's Y
+    S      keys that can be seen: T, or more from the cache
     G1     gate on the SDPA output, per head, before o_proj: the paper's choice
     G2, G3, G4   gates on the values, keys, queries;  G5   gate on the output of o_proj
 """
@@ -35,18 +37,6 @@ import torch.nn.functional as F
 from torch import nn
 
 
-def check_fields(config, **least):
-    """ValueError if a field is none of its Literal's choices, or a number below its least (1; floats 0)."""
-    for f in dataclasses.fields(config):
-        value, choices = getattr(config, f.name), get_args(f.type)
-        if get_origin(f.type) is Literal and value not in choices:
-            raise ValueError(f"{f.name}={value!r} is not one of {', '.join(choices)}")
-        if f.type in (int, int | None, float) and value is not None:
-            lowest = least.get(f.name, 0 if f.type is float else 1)
-            if not lowest <= value < math.inf:
-                raise ValueError(f"{f.name}={value} must be at least {lowest}, and finite")
-
-
 @dataclass
 class GPTConfig:
     """The shape of the model. A field is a flag of train.py, and its comment is the flag's help.
@@ -54,7 +44,7 @@ class GPTConfig:
     Raises ValueError, with the values and the rule, when fields contradict each other.
     """
     # --- model ---
-    vocab_size: int | None = None  # tokens the model knows; taken from the data when unsaid
+    vocab_size: int | None = None  # V: tokens the model knows; by default what the data has
     block_size: int = 256  # T: tokens in a window, the BOS token in front included
     n_layer: int = 4  # number of blocks
     n_head: int = 4  # query heads per layer
@@ -75,8 +65,8 @@ class GPTConfig:
     gate_act: Literal["sigmoid", "ns_sigmoid", "silu", "identity"] = "sigmoid"  # from x W to the score
     gate_op: Literal["multiply", "add"] = "multiply"  # how the score meets y
     gate_input: bool = True  # off: scores are learned constants that do not see x (input-independent)
-    sdpa_norm: bool = False  # no gate, but an RMSNorm on each head's SDPA output (Table 3)
-    sdpa_silu: bool = False  # no gate, but a SiLU on the SDPA output (Table 3)
+    sdpa_norm: bool = False  # RMSNorm on each head's SDPA output (Table 3, there with gate none)
+    sdpa_silu: bool = False  # SiLU on the SDPA output (Table 3, there with gate none)
     # --- mixture of experts ---
     n_expert: int = 0  # experts in place of each MLP; 0: dense
     n_expert_active: int = 2  # experts that each token goes through
@@ -107,10 +97,10 @@ class GPTConfig:
         headwise, at_qk = self.gate_kind == "headwise", self.gate in ("g3", "g4")
         refuse(self.block_size < 2, f"block_size={self.block_size} must be at least 2: BOS and one token")
         refuse(self.head_dim % 2, f"head_dim={self.head_dim} is odd, but RoPE rotates channels in pairs: "
-                                  "choose an even head_dim (n_embd / n_head when unsaid)")
+                                  "choose an even head_dim (by default n_embd / n_head)")
         refuse(self.n_head % self.n_kv_head, f"n_head={self.n_head} is not a multiple of "
                f"n_kv_head={self.n_kv_head}: each key/value head serves equally many query heads")
-        refuse(headwise and at_qk and self.qk_norm,
+        refuse(headwise and at_qk and self.qk_norm and self.gate_op == "multiply",
                f"gate_kind=headwise with gate={self.gate} and qk_norm on: QK-norm divides a head by its own "
                "length and so cancels one factor per head; use elementwise, or qk_norm off")
         refuse(self.gate == "g5" and (headwise or self.gate_share),
@@ -131,12 +121,31 @@ class GPTConfig:
     @property
     def variant(self):
         """A short name for the gate, such as none, g1, g1-headwise, g1-add-silu."""
-        said = [self.gate]
-        if self.gate != "none":
-            said += [self.gate_kind] * (self.gate_kind != "elementwise") + ["shared"] * self.gate_share
-            said += ["add"] * (self.gate_op == "add") + [self.gate_act] * (self.gate_act != "sigmoid")
-            said += ["no_input"] * (not self.gate_input)
-        return "-".join(said + ["sdpa_norm"] * self.sdpa_norm + ["sdpa_silu"] * self.sdpa_silu)
+        gated = self.gate != "none"
+        parts = {self.gate: True,
+                 self.gate_kind: gated and self.gate_kind != "elementwise",
+                 "shared": gated and self.gate_share,
+                 "add": gated and self.gate_op == "add",
+                 self.gate_act: gated and self.gate_act != "sigmoid",
+                 "no_input": gated and not self.gate_input,
+                 "sdpa_norm": self.sdpa_norm,
+                 "sdpa_silu": self.sdpa_silu}
+        return "-".join(name for name, said in parts.items() if said)
+
+
+def check_fields(config, **least):
+    """Raise ValueError for a Literal field with another value, or a number not finite or below its least.
+
+    The least is what `least` says for the field, else 1 for whole numbers and 0 for floats.
+    """
+    for f in dataclasses.fields(config):
+        value, choices = getattr(config, f.name), get_args(f.type)
+        if get_origin(f.type) is Literal and value not in choices:
+            raise ValueError(f"{f.name}={value!r} is not one of {', '.join(choices)}")
+        if f.type in (int, int | None, float) and value is not None:
+            lowest = least.get(f.name, 0 if f.type is float else 1)
+            if not lowest <= value < math.inf:
+                raise ValueError(f"{f.name}={value} must be at least {lowest}, and finite")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -168,7 +177,7 @@ class Gate(nn.Module):
     def score(self, x):
         """(B, T, C) -> (B, T, *heads), where hs is 1 when headwise and nh is 1 when head-shared."""
         z = self.gate_proj(x) if hasattr(self, "gate_proj") else self.constant.expand(*x.shape[:2], -1)
-        score = self.act(z.unflatten(-1, self.heads))
+        score = self.act(z.unflatten(-1, self.heads))  # z: (B, T, nh * hs)
         # Head-shared is no smaller projection: all scores are made, then averaged (Table 1, rows 12 and 13).
         return score.mean(-2, keepdim=True) if self.share else score
 
@@ -179,14 +188,14 @@ class Gate(nn.Module):
 def rope_table(config):
     """cos and sin of position * frequency, each (block_size, 1, hs/2), for the half-split form of RoPE."""
     frequency = config.rope_base ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)  # (hs/2,)
-    angle = torch.arange(config.block_size)[:, None, None] * frequency  # 1: the same in each head
+    angle = torch.arange(config.block_size)[:, None, None] * frequency  # (block_size, 1, hs/2)
     return angle.cos(), angle.sin()
 
 
-def rope(x, cos, sin):
-    """Rotate channel i and channel i + hs/2 of x (B, T, heads, hs) by the angle of their position."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
+def rope(h, cos, sin):
+    """Rotate channels i and i + hs/2 of h (B, T, heads, hs), as one pair, by the angle of their position."""
+    a, b = h.chunk(2, dim=-1)  # (B, T, heads, hs/2) each
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(h)  # cos is float32
 
 
 class SDPA(nn.Module):
@@ -196,32 +205,12 @@ class SDPA(nn.Module):
         """q (B, T, nh, hs); k and v (B, S, nkv, hs), S = T unless a mask (T, S) says who sees whom."""
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # the kernel wants heads first
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-        return y.transpose(1, 2)  # (B, T, nh, hs)
-
-
-class KVCache:
-    """Keys and values of all layers for up to block_size tokens, allocated once and filled as the text grows.
-
-    `positions` (T,) says where in the window the tokens of the coming forward stand; GPT.stream moves it.
-    """
-
-    def __init__(self, model, batch):
-        c = model.config
-        size = (2, c.n_layer, batch, c.block_size, c.n_kv_head, c.head_dim)
-        self.k, self.v = model.embed.weight.new_zeros(size)  # each (n_layer, B, block_size, nkv, hs)
-        self.positions = None
-
-    def extend(self, layer, k, v):
-        """Store k and v (B, T, nkv, hs) of a layer; return all (B, S, nkv, hs) and the causal mask (T, S)."""
-        self.k[layer].index_copy_(1, self.positions, k)
-        self.v[layer].index_copy_(1, self.positions, v)
-        # A CPU reads the filled part only; a GPU reads it all, so no shape changes and nothing recompiles.
-        S = int(self.positions[-1]) + 1 if k.is_cpu else self.k.size(2)
-        mask = torch.arange(S, device=k.device) <= self.positions[:, None]
-        return self.k[layer, :, :S], self.v[layer, :, :S], mask
+        return y.transpose(1, 2)  # (B, nh, T, hs) -> (B, T, nh, hs)
 
 
 class Attention(nn.Module):
+    """Causal self-attention on the pre-normed x, (B, T, C) -> (B, T, C). Its forward shows all five gates."""
+
     def __init__(self, config, layer):
         super().__init__()
         C, nh, nkv, hs = config.n_embd, config.n_head, config.n_kv_head, config.head_dim
@@ -262,7 +251,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU: a feed-forward layer that has had a gate of its own all along."""
+    """SwiGLU feed-forward, (B, T, C) -> (B, T, C). Its gate_proj is SwiGLU's own, none of G1..G5."""
 
     def __init__(self, config):
         super().__init__()
@@ -284,6 +273,9 @@ class MoE(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        if not hasattr(F, "grouped_mm"):
+            raise ValueError(f"n_expert={config.n_expert} needs torch 2.10 or later, and this is "
+                             f"{torch.__version__}: upgrade, or take n_expert=0")
         E, C, H = config.n_expert, config.n_embd, config.expert_hidden
         self.n_active = config.n_expert_active
         self.balance_weight, self.z_weight = config.balance_loss, config.router_z_loss
@@ -338,7 +330,34 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp_post_norm(self.mlp(self.mlp_norm(x))))
 
 
+class KVCache:
+    """Keys and values of all layers for up to block_size tokens, allocated once and filled as the text grows.
+
+    `positions` (T,) says where in the window the tokens of the coming forward stand; GPT.stream moves it.
+    """
+
+    def __init__(self, model, batch):
+        c = model.config
+        size = (2, c.n_layer, batch, c.block_size, c.n_kv_head, c.head_dim)
+        self.k, self.v = model.embed.weight.new_zeros(size)  # each (n_layer, B, block_size, nkv, hs)
+        self.positions = None
+
+    def extend(self, layer, k, v):
+        """Store k and v (B, T, nkv, hs) of a layer; return all (B, S, nkv, hs) and the causal mask (T, S)."""
+        self.k[layer].index_copy_(1, self.positions, k)
+        self.v[layer].index_copy_(1, self.positions, v)
+        # A CPU reads the filled part only; a GPU reads it all, so no shape changes and nothing recompiles.
+        S = int(self.positions[-1]) + 1 if k.is_cpu else self.k.size(2)
+        mask = torch.arange(S, device=k.device) <= self.positions[:, None]
+        return self.k[layer, :, :S], self.v[layer, :, :S], mask
+
+
 class GPT(nn.Module):
+    """Embedding, blocks, a last norm, and the output head. Raises ValueError without a vocab_size.
+
+    The weights depend on the last torch.manual_seed alone: two models made after one seed are equal.
+    """
+
     def __init__(self, config):
         super().__init__()
         if config.vocab_size is None:
@@ -383,9 +402,10 @@ class GPT(nn.Module):
         """
         T = idx.size(1)
         if T > self.config.block_size:
-            raise ValueError(f"{T} tokens do not fit into block_size={self.config.block_size}")
+            raise ValueError(f"{T} tokens do not fit into block_size={self.config.block_size}: give fewer, "
+                             "or make a model with a larger one")
         at = cache.positions if cache else slice(T)
-        cos, sin = self.cos[at], self.sin[at]
+        cos, sin = self.cos[at], self.sin[at]  # (T, 1, hs/2) each
         x = self.dropout(self.embed(idx))  # (B, T, C)
         for block in self.blocks:
             x = block(x, cos, sin, cache)
@@ -404,6 +424,9 @@ class GPT(nn.Module):
         Each new token costs one forward of one token. A window that is full starts again with BOS and its
         last half: BOS stays in front, and the logits are always those of a plain forward over the window.
         """
+        if idx.size(1) < 1 or temperature < 0 or (top_k is not None and top_k < 1):
+            raise ValueError(f"{idx.size(1)} tokens, temperature={temperature}, top_k={top_k}: it takes BOS "
+                             "in front, a temperature of at least 0, and a top_k of at least 1, or None")
         cache, half = KVCache(self, idx.size(0)), self.config.block_size // 2
         new = window = idx  # new: what the cache has not seen yet
         with evaluating(self):
@@ -424,13 +447,13 @@ class GPT(nn.Module):
 
 
 def sample(logits, temperature, top_k, generator):
-    """A token for each row of logits (B, V), as (B, 1); temperature 0 takes the likeliest, top_k one of k."""
+    """Draw a token for each row of logits (B, V): (B, 1). Temperature 0: the likeliest; top_k: one of k."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)
-    return torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator)
+    return torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator)  # (B, 1)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -474,9 +497,9 @@ def measure(model, idx):
 
     def on_sdpa(row, sdpa, inputs, output):
         q, k, v = inputs[:3]
-        first = torch.zeros_like(v)
+        first = torch.zeros_like(v)  # (B, T, nkv, hs)
         first[:, 0] = 1  # values that say "I am token 0": what comes out *is* the probability on token 0
-        share = sdpa.forward(q, k, first)[..., 0].float()  # (B, T, nh)
+        share = sdpa.forward(q, k, first)[..., 0].float()  # (B, T, nh); .forward, lest this hook runs again
         row["first_token_share"] = share.mean().item()
         row["first_token_share_by_head"] = share.mean((0, 1)).tolist()
         row["late_first_token_share"] = share[:, -(-idx.size(1) // 4) :].mean().item()
@@ -550,14 +573,17 @@ def save_checkpoint(path, model, state):
 
 
 def load_checkpoint(path, device="cpu"):
-    """(model, state) from a file of save_checkpoint, which never gets to run code (weights_only).
+    """(model on `device`, state on the CPU) from a file of save_checkpoint, whose code is never run.
 
     Raises ValueError with one sentence if the file is cut short, something else, or from another version.
     """
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        with open(path, "rb") as file:
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"no checkpoint at {path}: python train.py makes one") from None
+    except (IsADirectoryError, PermissionError) as error:
+        raise ValueError(f"{path} can't be read ({error.strerror}): name a file of save_checkpoint") from None
     except Exception:  # torch raises whatever the bytes lead it to: OSError, KeyError, IndexError, ...
         raise ValueError(f"{path} is not a whole checkpoint of gated_gpt.py: it is cut short, or something "
                          "else; name another one, or train again") from None
@@ -566,10 +592,10 @@ def load_checkpoint(path, device="cpu"):
         raise ValueError(f"{path} has format {found!r}, and this version reads {FORMAT!r}: train again, or "
                          "use the version that wrote it")
     try:
-        model = GPT(GPTConfig(**content["config"])).to(device)
+        model, state = GPT(GPTConfig(**content["config"])), content["state"]
         model.load_state_dict(content["model"])
-        return model, content["state"]
     except Exception as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} does not fit this version's model ({reason}): train again, or use the "
                          "version that wrote it") from None
+    return model.to(device), state

@@ -4,7 +4,7 @@ Text from a trained model:
     python sample.py                               the newest run, from its first token on
     python sample.py --prompt="def " --attn_share  and how much attention the first token gets
 
-Also the home of what train.py prints when it is done: the table per layer, and a first sample.
+Also the home of what both command lines share: finding runs, the table per layer, ending without a traceback.
 """
 import argparse
 import codecs
@@ -92,7 +92,7 @@ def draw_maps(model, idx, tokenizer, path):
     import matplotlib.pyplot as plt
 
     names = [repr(bytes_of(token, tokenizer).decode("utf-8", "replace"))[1:-1] for token in idx[0].tolist()]
-    maps = [layer[0].mean(-1) for layer in attention_maps(model, idx)]  # (T, T) each
+    maps = [layer[0].mean(-1).cpu() for layer in attention_maps(model, idx)]  # (T, T) each
     columns = min(4, len(maps))
     side = max(3.0, 0.16 * len(names))
     figure, axes = plt.subplots(math.ceil(len(maps) / columns), columns, squeeze=False, layout="constrained",
@@ -191,8 +191,15 @@ def run_main(main):
         sys.stdout.reconfigure(errors="replace")
     try:
         main()
+    except BrokenPipeError:  # whoever read our output has seen enough, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError:
+        print(f"{name}: the GPU's memory is full: try a smaller --batch_size (with more --grad_accum), "
+              "--block_size or --n_embd", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
         print(f"\n{name}: {interrupt or 'interrupted'}", file=sys.stderr)

@@ -7,7 +7,8 @@ Train a gated GPT:
     python train.py --help                     every flag
 
 A flag is a field of GPTConfig (gated_gpt.py) or TrainConfig (here).
-A preset is a table of their values, which flags of your own override.
+A preset is a table of their values, which flags of your own override;
+in [brackets] stands the value where neither of the two says one.
 
 Reading order: TrainConfig -> PRESETS -> Windows -> make_optimizers -> Run.loop and Run.step.
 """
@@ -59,14 +60,14 @@ class TrainConfig:
     batch_size: int = 32  # windows per forward
     grad_accum: int = 1  # forwards per step, their gradients averaged
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, with adamw for the rest
-    learning_rate: float = 1e-3  # peak
-    schedule: Literal["cosine", "constant"] = "cosine"  # after warm-up
+    learning_rate: float = 1e-3  # peak learning rate
+    schedule: Literal["cosine", "constant"] = "cosine"  # of the learning rate after warm-up
     warmup_steps: int = 100  # steps over which the learning rate climbs to its peak
     min_lr_ratio: float = 0.1  # floor of the cosine, as a fraction of the peak
     weight_decay: float = 0.1  # on matrices only
     beta1: float = 0.9  # AdamW: memory of the mean gradient
     beta2: float = 0.99  # AdamW: memory of the squared gradient
-    grad_clip: float = 1.0  # longest gradient, over all parameters; 0: no clipping
+    grad_clip: float = 1.0  # a longer gradient, over all parameters, is cut to this; 0: off
     # --- evaluation ---
     eval_every: int = 100  # steps from one evaluation (and checkpoint) to the next
     eval_windows: int = 256  # fixed windows, evenly spaced over val.bin
@@ -75,7 +76,7 @@ class TrainConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products; weights stay float32
     compile: bool | None = None  # torch.compile; default on CUDA only
-    threads: int | None = None  # CPU threads; default one per core
+    threads: int | None = None  # CPU threads; by default as torch sees fit
 
     def __post_init__(self):
         check_fields(self, seed=0, warmup_steps=0)
@@ -91,15 +92,15 @@ PRESETS = {
     "laptop": dict(data="python", n_layer=4, n_head=4, n_embd=128, block_size=128, batch_size=16,
                    max_steps=1200, optimizer="muon", learning_rate=3e-3, warmup_steps=50, eval_every=200,
                    attn_share=True),
-    # nanoGPT's baby GPT: Tiny Shakespeare on one GPU.
-    "gpu": dict(data="shakespeare", n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2,
+    # The size of nanoGPT's baby GPT, for one GPU; --data=shakespeare is its text.
+    "gpu": dict(data="python", n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2,
                 batch_size=64, max_steps=2000, optimizer="muon", learning_rate=3e-3, eval_every=250,
                 attn_share=True),
     # The smallest thing with a strong attention sink: see backcopy in data/prepare.py.
     "sink": dict(data="backcopy", n_layer=1, n_head=2, n_embd=64, block_size=64, batch_size=32,
                  max_steps=3000, learning_rate=3e-3, schedule="constant", beta2=0.98, weight_decay=0.0,
                  eval_every=500, attn_share=True),
-    # GPT-2's small shape on web text, half a million tokens per step.
+    # GPT-2's small shape on web text: half a million tokens per step, 25 shards.
     "gpt2": dict(data="fineweb", vocab_size=50304, n_layer=12, n_head=12, n_embd=768, block_size=1024,
                  tie_embeddings=True, batch_size=32, grad_accum=16, max_steps=4750, learning_rate=1.8e-3,
                  beta2=0.95, warmup_steps=250, eval_every=250),
@@ -126,7 +127,7 @@ def choose_dtype(name, device):
     if name != "auto":
         return getattr(torch, name), "as asked"
     if device.type != "cuda":
-        return torch.float32, f"bfloat16 gains nothing on {device.type} at these sizes"
+        return torch.float32, "the default without CUDA"
     if not torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.float32, "this GPU has no bfloat16, and float16 would need loss scaling"
     return torch.bfloat16, "autocast; weights stay float32"
@@ -140,11 +141,15 @@ def try_compile(model, batch, precision):
         compiled = torch.compile(model)
         with precision:
             compiled(*batch)[1].backward()
+            with torch.no_grad():  # evaluation is another graph
+                compiled.eval()(*batch)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever goes wrong in a compiler: training works without
         reason = " ".join(str(error).split())[:200]
         return model, f"off: torch.compile failed with {type(error).__name__}: {reason}"
     finally:
-        model.zero_grad()
+        model.train().zero_grad()
         set_random_states(states, device)  # the trial's dropout must not shift the training's
     return compiled, "on"
 
@@ -188,8 +193,12 @@ def make_optimizers(model, c):
     """
     muon, decay, rest = [], [], []
     for name, p in model.named_parameters():
-        in_block = name.startswith("blocks.") and p.dim() == 2
-        (rest if p.dim() < 2 else muon if c.optimizer == "muon" and in_block else decay).append(p)
+        if p.dim() < 2:
+            rest.append(p)
+        elif c.optimizer == "muon" and p.dim() == 2 and name.startswith("blocks."):
+            muon.append(p)
+        else:
+            decay.append(p)
     groups = [{"params": decay, "weight_decay": c.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, lr=c.learning_rate, betas=(c.beta1, c.beta2), fused=True)
     if not muon:
@@ -247,6 +256,8 @@ def run_folder(config, c):
         name = f"out/{c.data}-{config.variant}"
         numbered = map(Path, chain([name], (f"{name}-{i}" for i in count(2))))
         return next(path for path in numbered if not path.exists())
+    if Path(c.out).is_file():
+        raise ValueError(f"out={c.out} is a file: name a folder")
     if list(Path(c.out).glob("*.pt")) and not c.overwrite:
         raise ValueError(f"{c.out} holds a run already: --resume goes on with it, --overwrite replaces it, "
                          "another --out leaves it alone")
@@ -271,13 +282,15 @@ def stop_signals():
 
 def random_states(device):
     states = {"cpu": torch.get_rng_state()}
-    return states | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else states
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
 
 
 def set_random_states(states, device):
-    torch.set_rng_state(states["cpu"].cpu())
+    torch.set_rng_state(states["cpu"])
     if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"].cpu(), device)
+        torch.cuda.set_rng_state(states["cuda"], device)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -293,7 +306,7 @@ def open_data(name, say=print):
 
 
 def train(config, c, quiet=False):
-    """Train a GPT of this GPTConfig by this TrainConfig; returns the log, one dict for each evaluation.
+    """Train as the two configs say; returns the log, one dict for each evaluation.
 
     A row holds log.csv's columns and, with c.attn_share, measure's dicts as "layers". Raises ValueError for
     what can't be, FloatingPointError when the loss is no longer finite, and KeyboardInterrupt after a SIGINT
@@ -323,10 +336,17 @@ class Run:
         if config.vocab_size < self.meta["vocab_size"]:
             raise ValueError(f"vocab_size={config.vocab_size} is below the {self.meta['vocab_size']} tokens "
                              f"of {c.data}: leave it out, and the data says it")
-        self.start(config) if not c.resume else self.resume(config)
+        if c.resume:
+            self.resume(config)
+        else:
+            self.start(config)
         self.out.mkdir(parents=True, exist_ok=True)
+        self.began = time.perf_counter()  # of what tokens/s is about, with the tokens since
+        self.tokens = 0
+        self.clock = self.began - self.state["seconds"]
 
-        self.fast, why_compile = self.model, "off (default with CUDA only)" if c.compile is None else "off"
+        why_compile = "off (on by default with CUDA only)" if c.compile is None else "off (as asked)"
+        self.fast = self.model
         if c.compile or (c.compile is None and self.device.type == "cuda"):
             batch = self.train_windows.at(self.train_windows.spaced(c.batch_size))
             self.fast, why_compile = try_compile(self.model, batch, self.precision)
@@ -336,13 +356,14 @@ class Run:
     def start(self, config):
         """A new run: fresh weights from the seed."""
         self.out = run_folder(config, self.c)
-        for old in (*self.out.glob("*.pt"), *self.out.glob("log.csv")) if self.c.overwrite else ():
-            old.unlink()
         torch.manual_seed(self.c.seed)
         self.model = GPT(config).to(self.device)
         torch.manual_seed(self.c.seed)  # again, so that dropout is the same for every gate
         self.optimizers = make_optimizers(self.model, self.c)
         self.state = {"step": 0, "best": math.inf, "seconds": 0.0, "log": [], "losses": []}
+        if self.c.overwrite:
+            for old in (*self.out.glob("*.pt"), *self.out.glob("log.csv")):
+                old.unlink()
 
     def resume(self, config):
         """Everything as the checkpoint has it, random number generators included."""
@@ -361,6 +382,11 @@ class Run:
         if self.state["data"] != self.meta["train"]["sha256"]:
             raise ValueError(f"{path} was trained on other data than data/{self.c.data} holds now: prepare "
                              "the same data again, or start a new run")
+        old = self.state["train_config"]
+        for name in ("optimizer", "weight_decay", "beta1", "beta2"):
+            if getattr(self.c, name) != old[name]:
+                raise ValueError(f"{name}={getattr(self.c, name)} (there {old[name]}): a resumed run keeps "
+                                 f"the optimizer of {path}; leave --{name} out, or start a new run")
         self.optimizers = make_optimizers(self.model, self.c)
         for optimizer, saved in zip(self.optimizers, self.state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -373,7 +399,7 @@ class Run:
         for what, text in (machine | {
             "model": f"gate {model.config.variant}, {model.num_params():,} parameters, {in_gates:,} in gates",
             "data": f"{c.data}, {self.meta['train']['tokens']:,} training tokens ({self.meta['tokenizer']})",
-            "step": f"{windows} windows of {T} tokens, {c.max_steps:,} times ({c.optimizer})",
+            "steps": f"{c.max_steps:,} of {windows * T:,} tokens ({windows} windows of {T}), {c.optimizer}",
             "run": f"{self.out}" + f", resumed at step {self.state['step']}" * c.resume,
         }).items():
             self.say(f"{what:<8} {text}")
@@ -381,7 +407,7 @@ class Run:
     def loop(self, hide_bar=None):
         c, state = self.c, self.state
         self.say("\n" + heading(self.model.config, c))
-        self.began, self.tokens = time.perf_counter(), 0  # since the last evaluation, for tokens/s
+        self.began = time.perf_counter()
         pending = []  # losses still on the device: reading one means waiting for the GPU
         with stop_signals() as stop, tqdm(total=c.max_steps, initial=state["step"], unit="step", leave=False,
                                           disable=hide_bar) as bar:
@@ -399,7 +425,7 @@ class Run:
                     bar.set_postfix_str(f"loss {state['losses'][-1]:.3f}", refresh=False)
                 if evaluating:
                     self.evaluate()
-                if stop and state["step"] < c.max_steps:
+                if stop and not pending and state["step"] < c.max_steps:
                     if not evaluating or c.keep == "best":
                         self.save("last")
                     raise KeyboardInterrupt
@@ -435,7 +461,7 @@ class Run:
             kept = f"{checkpoint_in(self.out)} is from before"
         raise FloatingPointError(
             f"the {what} loss is {loss} at step {step}, learning rate {rate:.2g}: try a smaller "
-            f"--learning_rate, more --warmup_steps or a smaller --grad_clip; {kept}")
+            f"--learning_rate, more --warmup_steps or --grad_clip={self.c.grad_clip / 2 or 1:g}; {kept}")
 
     def evaluate(self):
         """Validation loss and measurements: a line, a row of the log, a checkpoint."""
@@ -448,14 +474,13 @@ class Run:
             "step": state["step"], "train_loss": sum(state["losses"]) / len(state["losses"]), "val_loss": val,
             "bits_per_byte": val / math.log(2) / bytes_per_token, "tokens_per_second": self.tokens / seconds}
         if c.attn_share:
-            idx, _ = self.val_windows.at(self.val_windows.spaced(MEASURE_WINDOWS))
+            idx, _ = self.val_windows.at(self.val_windows.spaced(MEASURE_WINDOWS))  # (64, T)
             row["layers"] = layers = measure(self.model, idx)
             row["uniform_share"] = uniform_share(idx.size(1))
             for name in ("first_token_share", "gate_score", "max_activation", "max_expert_load"):
                 row[name] = sum(layer[name] for layer in layers) / len(layers)  # the paper's mean over layers
         state["log"].append(row)
         state["losses"] = []
-        state["seconds"] += seconds
         self.say(line(row, self.model.config, c))
         self.save_evaluated(val)
         self.began, self.tokens = time.perf_counter(), 0
@@ -467,18 +492,18 @@ class Run:
         total, offsets = 0.0, self.val_windows.spaced(self.c.eval_windows)
         for part in np.array_split(offsets, math.ceil(len(offsets) / self.c.batch_size)):
             with self.precision:
-                total += self.fast(*self.val_windows.at(part))[1].double() * len(part)
-        return (total / len(offsets)).item()
+                total += self.fast(*self.val_windows.at(part))[1].item() * len(part)
+        return total / len(offsets)
 
     def save_evaluated(self, val):
         """The checkpoints that --keep asks for, and log.csv."""
         c, state = self.c, self.state
         better = val < state["best"]
         state["best"] = min(val, state["best"])
+        if c.keep != "last" and better:
+            self.save("best")  # first: a run that is killed in between resumes at last.pt, and makes it again
         if c.keep != "best":
             self.save("last")
-        if c.keep != "last" and better:
-            self.save("best")
         if c.keep == "best":  # what an interruption may have left
             (self.out / "last.pt").unlink(missing_ok=True)
         with open(self.out / "log.csv", "w", newline="") as file:
@@ -487,6 +512,7 @@ class Run:
             writer.writerows(state["log"])
 
     def save(self, name):
+        self.state["seconds"] = time.perf_counter() - self.clock
         save_checkpoint(self.out / f"{name}.pt", self.model, self.state | {
             "train_config": dataclasses.asdict(self.c), "tokenizer": self.meta["tokenizer"],
             "data": self.meta["train"]["sha256"], "random": random_states(self.device),
@@ -499,12 +525,13 @@ class Run:
 
 def fields_of(cls):
     """[(group, field, help)]: the group is the `# --- title ---` above a field, the help its comment."""
-    group, found, comments = cls.__name__, [], {f.name: f for f in dataclasses.fields(cls)}
+    group, found, fields = cls.__name__, [], {f.name: f for f in dataclasses.fields(cls)}
     for text in inspect.getsource(cls).splitlines():
         if title := re.match(r"    # --- (.+) ---$", text):
             group = title[1]
-        elif (match := re.match(r"    (\w+): .+?  # (.+)$", text)) and match[1] in comments:
-            found.append((group, comments[match[1]], match[2]))
+        elif (match := re.match(r"    (\w+): .+?  # (.+)$", text)) and match[1] in fields:
+            found.append((group, fields.pop(match[1]), match[2]))
+    assert not fields, f"no comment, so no help for {', '.join(fields)}"
     return found
 
 
@@ -558,9 +585,9 @@ def configs_from(flags):
         why, values = f"preset   as in {out}", dataclasses.asdict(model.config) | state["train_config"]
         values |= {"out": str(out), "overwrite": False}
     else:
-        name = flags.get("preset") or ("gpu" if torch.cuda.is_available() else "laptop")
-        why = f"preset   {name} " + ("(as asked)" if "preset" in flags else
-                                     "(CUDA is here)" if name == "gpu" else "(no CUDA; --preset chooses)")
+        device, _ = choose_device(flags.get("device", "auto"))
+        name = flags.get("preset", "gpu" if device.type == "cuda" else "laptop")
+        why = f"preset   {name} " + ("(as asked)" if "preset" in flags else f"(on {device.type})")
         values = dict(PRESETS[name])
     values |= {name: value for name, value in flags.items() if name != "preset"}
 
@@ -583,11 +610,14 @@ def main(argv=None):
     if c.attn_share:
         print("\n" + layer_table(log[-1]["layers"], config.block_size))
     path = checkpoint_in(run.out, prefer="best")
-    tokenizer, generator = prepare.get_tokenizer(run.meta["tokenizer"]), torch.Generator().manual_seed(c.seed)
-    model = load_checkpoint(path)[0]
+    print(f"\nto go on: python sample.py --ckpt={shlex.quote(str(path))}")
+    try:
+        tokenizer = prepare.get_tokenizer(run.meta["tokenizer"])
+    except OSError as error:
+        return print(f"no sample here: {error}")
+    model, generator = load_checkpoint(path)[0], torch.Generator().manual_seed(c.seed)
     tokens = model.stream(torch.tensor([[run.meta["bos"]]]), 120, temperature=0.8, generator=generator)
     print(f"\na sample from {path}:\n" + "".join(stream_text((t.item() for t in tokens), tokenizer)))
-    print(f"\nmore: python sample.py --ckpt={shlex.quote(str(path))}")
 
 
 if __name__ == "__main__":

@@ -142,20 +142,14 @@ def test_meta_counts_tokens_and_bytes_and_names_the_hash(python_set):
 # --- backcopy ---
 
 
-def test_after_a_trigger_comes_the_character_before_it_half_of_the_time():
+def test_after_a_trigger_comes_the_character_before_it_three_times_out_of_four():
     text = data.backcopy_text(100_000)
     chance = np.random.default_rng(0).dirichlet(np.full(62, 0.3), size=62)
-    at = [i for i, c in enumerate(text[:-1]) if c in data.TRIGGERS]
+    at = [i for i, c in enumerate(text[:-1]) if c in data.TRIGGERS and text[i - 1] not in data.TRIGGERS]
     copied = np.mean([text[i + 1] == text[i - 1] for i in at])
     by_chance = np.mean([chance[data.ALPHABET.index(text[i]), data.ALPHABET.index(text[i - 1])] for i in at])
     assert len(at) > 5000
-    assert abs(copied - (0.5 + 0.5 * by_chance)) < 0.03
-
-
-def test_the_triggers_are_the_three_most_frequent_characters_of_the_chain():
-    rows = np.random.default_rng(0).dirichlet(np.full(62, 0.3), size=62)
-    often = np.linalg.matrix_power(rows, 100)[0].argsort()[-3:]
-    assert sorted(data.ALPHABET[i] for i in often) == sorted(data.TRIGGERS)
+    assert abs(copied - (0.75 + 0.25 * by_chance)) < 0.03
 
 
 def test_elsewhere_backcopy_is_a_markov_chain_with_rows_drawn_from_a_dirichlet():
@@ -170,7 +164,7 @@ def test_elsewhere_backcopy_is_a_markov_chain_with_rows_drawn_from_a_dirichlet()
 
 def test_backcopy_is_the_same_text_everywhere():
     digest = hashlib.sha256(data.backcopy_text(20_000).encode()).hexdigest()
-    assert digest == "a723f28dd3b95feb53ed04fb89801d036808b051993ab1adc6dd7c72e95b50d3"
+    assert digest == "c71e64bfd3961288e601e73bcab6a0dd9ecf019f31c6b1ddcb060f1fd18b3cca"
     assert data.backcopy_text(20_000, seed=1) != data.backcopy_text(20_000)
 
 
