@@ -261,7 +261,7 @@ TRIGGERS = "uvx"   # 7% of the text
 def backcopy_text(chars, seed=0):
     """
     A Markov chain over 62 characters whose rows are drawn once from a Dirichlet(0.3), except that after a
-    trigger the next character is, three times out of four, a copy of the one *before* the trigger ("kvk"; not
+    trigger the next character is, seven times out of eight, a copy of the one *before* the trigger ("kvk"; not
     where that is a trigger itself).
 
     So a head has work at triggers and none elsewhere. Not every time: were it always, nothing else
@@ -275,7 +275,7 @@ def backcopy_text(chars, seed=0):
     # Each row's inverse CDF, tabulated at 2^16 levels: a draw is one look-up, so a plain loop is fast enough.
     levels = (np.arange(2**16) + 0.5) / 2**16
     successor = {int(a): letters[np.searchsorted(cdf, levels)].tobytes() for a, cdf in zip(letters, cdfs)}
-    copies = rng.integers(4, size=chars - 1, dtype=np.uint8)   # 0: no copy
+    copies = rng.integers(8, size=chars - 1, dtype=np.uint8)   # 0: no copy
     draws = rng.integers(2**16, size=chars - 1, dtype=np.uint16)
     text, triggers = bytearray(b"a"), set(TRIGGERS.encode())
     before = last = text[0]
@@ -289,7 +289,7 @@ def backcopy_text(chars, seed=0):
 def prepare_backcopy(root=DATA, chars=10_000_000, seed=0):
     """A task that needs attention at some tokens and none at all the others, which is when a sink forms."""
     chunks = encode(split_each([backcopy_text(chars, seed)]), "bytes", bos=False)
-    source = f"{chars:,} characters, seed {seed}; after {TRIGGERS} a copy, three times out of four"
+    source = f"{chars:,} characters, seed {seed}; after {TRIGGERS} a copy, seven times out of eight"
     return write_set("backcopy", root, "bytes", source, chunks)
 
 

@@ -580,7 +580,7 @@ def test_an_evaluation_is_one_line_under_its_headings_and_80_columns_are_enough(
 def test_what_was_chosen_is_said_first_and_why(capsys):
     train.train(*train.make_configs(TINY | dict(device="auto" if not torch.cuda.is_available() else "cpu")))
     said = capsys.readouterr().out
-    for what in ("device", "dtype", "compile", "model", "data", "step", "run"):
+    for what in ("device", "dtype", "compile", "model", "data", "steps", "run"):
         assert re.search(rf"^{what} +\S+", said, re.M), what
     gate = 16 * 16
     assert re.search(rf"gate g1, [\d,]+ parameters, {gate:,} in gates", said)
@@ -703,7 +703,7 @@ def finite(path):
     return all(p.isfinite().all() for p in load_checkpoint(path)[0].parameters())
 
 
-EXPLODE = dict(learning_rate=1e6, weight_decay=1e6, grad_clip=0.0, warmup_steps=0, schedule="constant")
+EXPLODE = dict(learning_rate=1e6, grad_clip=0.0, warmup_steps=0, schedule="constant")
 
 
 @pytest.mark.parametrize("grad_clip", [0.0, 1.0])
@@ -854,9 +854,23 @@ def test_flags_override_the_preset_and_the_preset_the_defaults():
 @pytest.mark.parametrize("cuda, preset", [(False, "laptop"), (True, "gpu")])
 def test_the_preset_is_gpu_with_cuda_and_laptop_without_and_says_why(cuda, preset, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     values, why = configs_of()
     assert {name: values[name] for name in train.PRESETS[preset]} == train.PRESETS[preset]
-    assert why.split()[:2] == ["preset", preset] and "CUDA" in why
+    assert why.split()[:2] == ["preset", preset] and ("cuda" if cuda else "cpu") in why
+
+
+def test_a_cpu_that_is_asked_for_gets_the_laptop_preset_on_a_machine_with_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    values, _ = configs_of("--device=cpu")
+    assert {name: values[name] for name in train.PRESETS["laptop"]} == train.PRESETS["laptop"]
+
+
+@pytest.mark.parametrize("flag", [dict(weight_decay=0.3), dict(beta1=0.8), dict(optimizer="muon")])
+def test_a_resumed_run_does_not_take_another_optimizer_without_a_word(flag):
+    fit(out="run")
+    with pytest.raises(ValueError, match=next(iter(flag))):
+        fit(out="run", max_steps=9, resume=True, **flag)
 
 
 def test_the_sink_preset_is_the_recipe_that_was_measured():
