@@ -431,7 +431,7 @@ SCREEN = {  # of the terminal, 80 characters wide: (heading, width)
 NOTE = """
 Val loss: nats per token at the last step, mean and standard deviation (sd) over the seeds. Difference:
 to the baseline with the same seed (same values in every shared matrix, same batches); experts are
-compared with `moe`, all else with `none`, whose parameter count is matched. `~` marks seed noise: a mean
+compared with `moe`, all else with `none` (see the parameters). `~` marks seed noise: a mean
 difference below twice its standard error, sd / sqrt(seeds). With three seeds that is a lenient rule,
 which a variant that changes nothing would pass about one time in six. Share: attention probability on
 the first token, mean over queries, heads and layers. Late share: over queries t >= T/4 only, in the

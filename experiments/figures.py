@@ -42,7 +42,8 @@ def draw(folder, task):
                          "makes it") from None
     rows, made = {row["variant"]: row for row in rows}, []
     with plt.rc_context(STYLE):
-        for name, figure in {"share": draw_share(rows, curves), "loss": draw_loss(rows),
+        for name, figure in {"sink": draw_sink(rows, curves), "share": draw_share(rows, curves),
+                             "loss": draw_loss(rows),
                              "scores": draw_scores(rows, content["scores"]),
                              "maps": draw_maps(content["maps"]),
                              "layers": draw_layers(rows, content["layers"])}.items():
@@ -73,6 +74,24 @@ def over_seeds(curves, variant):
             at.setdefault(row["step"], []).append(row["first_token_share"])
     values = at.values()
     return list(at), [sum(v) / len(v) for v in values], list(map(min, values)), list(map(max, values))
+
+
+def draw_sink(rows, curves):
+    """The README's picture: the share as it grows, without a gate and with G1."""
+    if not {"none", "g1"} <= {row["variant"] for row in curves}:
+        return None
+    figure, axis = plt.subplots(figsize=(6, 2.8))
+    for name, label, color, line in (("none", "no gate", ORANGE, "-"), ("g1", "G1 gate", BLUE, "--")):
+        steps, mean, low, high = over_seeds(curves, name)
+        axis.fill_between(steps, low, high, color=color, alpha=0.2, lw=0)
+        axis.plot(steps, mean, line, color=color, lw=2)
+        axis.annotate(f"{label}: {mean[-1]:.2f}", (steps[-1], mean[-1]), (6, 0 if name == "none" else -6),
+                      textcoords="offset points", va="center", color=color, annotation_clip=False)
+    floor = rows["none"]["floor"]
+    axis.axhline(floor, color="black", ls=":", lw=1)
+    axis.annotate(f"uniform attention: {floor:.3f}", (steps[0], floor), (0, 14), textcoords="offset points")
+    axis.set(xlabel="training steps", ylabel="attention on the first token", ylim=(0, 1), xlim=(0, steps[-1]))
+    return figure
 
 
 def draw_share(rows, curves):

@@ -160,7 +160,7 @@ def test_all_variants_train_and_are_tabled_and_drawn(here):
     assert "python experiments/compare_gates.py --n_layer=2" in text and torch.__version__ in text
 
     drawn = {path.name: path for path in (here / "results").glob("*.png")}
-    assert sorted(drawn) == [f"backcopy_{name}.png" for name in ("layers", "loss", "maps", "scores", "share")]
+    assert sorted(drawn) == [f"backcopy_{name}.png" for name in ("layers", "loss", "maps", "scores", "share", "sink")]
     for path in drawn.values():
         path.unlink()
     runs = sorted((here / "out").rglob("done.json"))

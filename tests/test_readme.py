@@ -1,4 +1,5 @@
 """Claims about README.md: its commands run, and its picture and links are there."""
+import csv
 import re
 import shlex
 import shutil
@@ -63,3 +64,17 @@ def test_every_link_leads_somewhere():
 
 def test_no_line_of_the_readme_is_a_placeholder():
     assert not re.search(r"^[A-Z]{6,}$", README, re.M)
+
+
+def test_the_results_table_says_what_was_recorded():
+    with open(ROOT / "experiments/results/backcopy.csv", newline="") as file:
+        recorded = {row["variant"]: row for row in csv.DictReader(file)}
+    rows = re.findall(r"^\| `([\w-]+)` \|(.+)\|$", README, re.M)
+    assert len(rows) >= 6
+    for name, cells in rows:
+        shares, gate, activation, paper, _ = [cell.strip() for cell in cells.split("|")]
+        row = recorded[name]
+        assert shares.split(" / ") == [f"{float(share):.3f}" for share in row["share_by_seed"].split()]
+        assert gate == (f"{float(row['gate_score']):.3f}" if row["gate_score"] != "nan" else "-")
+        assert activation == f"{float(row['max_activation']):.1f}"
+        assert paper == f"{float(row['paper_share']):.3f}"
