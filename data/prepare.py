@@ -261,13 +261,13 @@ TRIGGERS = "uvx"   # 7% of the text
 def backcopy_text(chars, seed=0):
     """
     A Markov chain over 62 characters whose rows are drawn once from a Dirichlet(0.3), except that after a
-    trigger the next character is, seven times out of eight, a copy of the one *before* the trigger ("kvk"; not
-    where that is a trigger itself).
+    trigger the next character is, seven times out of eight, a copy of the one *before* it ("kvk"; not
+    where that is a trigger, too).
 
-    So a head has work at triggers and none elsewhere. Not every time: were it always, nothing else
-    need be known of a trigger, its embedding would shrink, and attention's output would count at triggers but
-    not beside the long embeddings of all others; a head whose output doesn't count needs no sink. The seed
-    fixes the text on every machine: a last bit rounded otherwise would have to meet one of 62 x 2^16 levels.
+    So a head has work at triggers and none elsewhere. Why not every time? Then nothing else need be known
+    of a trigger, its embedding shrinks, and attention's output counts at triggers but not beside the long
+    embeddings of all others; and a head whose output doesn't count needs no sink. The seed fixes the text on
+    every machine: a last bit rounded otherwise would have to meet one of 62 x 2^16 levels to matter.
     """
     rng = np.random.default_rng(seed)
     letters = np.frombuffer(ALPHABET.encode(), np.uint8)

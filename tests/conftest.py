@@ -5,8 +5,11 @@ import shutil
 from functools import partial
 
 import pytest
+import torch
 
 from data import prepare
+
+torch.set_num_threads(1)  # the models are so small that a second thread only gets in the way
 
 TEXT = "Speak the speech, I pray you: naïve, 東京, 🙂.\n" * 100
 

@@ -23,7 +23,6 @@ from experiments import compare_gates as lab
 from gated_gpt import GPT, GPTConfig, load_checkpoint
 from sample import checkpoint_in
 
-torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ("--n_layer=2 --n_head=4 --n_kv_head=2 --n_embd=16 --block_size=16 --batch_size=2 --eval_windows=4 "
         "--seeds=1 --steps=2").split()
@@ -160,7 +159,8 @@ def test_all_variants_train_and_are_tabled_and_drawn(here):
     assert "python experiments/compare_gates.py --n_layer=2" in text and torch.__version__ in text
 
     drawn = {path.name: path for path in (here / "results").glob("*.png")}
-    assert sorted(drawn) == [f"backcopy_{name}.png" for name in ("layers", "loss", "maps", "scores", "share", "sink")]
+    figures = ("layers", "loss", "maps", "scores", "share", "sink")
+    assert sorted(drawn) == [f"backcopy_{name}.png" for name in figures]
     for path in drawn.values():
         path.unlink()
     runs = sorted((here / "out").rglob("done.json"))
