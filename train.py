@@ -33,15 +33,7 @@ import torch
 from tqdm import tqdm
 
 from data import prepare
-from gated_gpt import (
-    GPT,
-    GPTConfig,
-    check_fields,
-    load_checkpoint,
-    measure,
-    save_checkpoint,
-    uniform_share,
-)
+from gated_gpt import GPT, GPTConfig, check_fields, load_checkpoint, measure, save_checkpoint, uniform_share
 from sample import checked_device, checkpoint_in, layer_table, newest_run, run_main, stream_text
 
 
