@@ -214,7 +214,8 @@ def learning_rate_at(step, c):
 # Evaluation and the log
 
 COLUMNS = ("step", "train_loss", "val_loss", "bits_per_byte", "tokens_per_second",
-           "first_token_share", "uniform_share", "gate_score", "max_activation", "max_expert_load")
+           "first_token_share", "uniform_share", "gate_score", "max_activation")
+EXPERT_COLUMNS = (*COLUMNS, "max_expert_load")  # with experts, how evenly they are visited
 MEASURE_WINDOWS = 64  # of the validation windows, for the three measurements
 
 
@@ -462,7 +463,7 @@ class Run:
         val = self.val_loss()
         self.check_finite("validation", val, state["step"])
         bytes_per_token = (self.meta["val"]["bytes"] or math.nan) / self.meta["val"]["tokens"]
-        row = dict.fromkeys(COLUMNS, math.nan) | {
+        row = dict.fromkeys(EXPERT_COLUMNS, math.nan) | {
             "step": state["step"], "train_loss": sum(state["losses"]) / len(state["losses"]), "val_loss": val,
             "bits_per_byte": val / math.log(2) / bytes_per_token, "tokens_per_second": self.tokens / seconds}
         if c.attn_share:
@@ -499,7 +500,8 @@ class Run:
         if c.keep == "best":  # what an interruption may have left
             (self.out / "last.pt").unlink(missing_ok=True)
         with open(self.out / "log.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+            columns = EXPERT_COLUMNS if self.model.config.n_expert else COLUMNS
+            writer = csv.DictWriter(file, columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(state["log"])
 

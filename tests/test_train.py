@@ -544,12 +544,17 @@ def test_the_log_has_the_columns_that_were_promised_and_its_rows_are_the_log_tha
     log = fit(out="run", attn_share=True, n_layer=2)
     with open("run/log.csv", newline="") as file:
         columns, *rows = csv.reader(file)
-    assert columns[:9] == ["step", "train_loss", "val_loss", "bits_per_byte", "tokens_per_second",
-                           "first_token_share", "uniform_share", "gate_score", "max_activation"]
-    assert set(columns[9:]) <= {"max_expert_load"}
+    assert columns == ["step", "train_loss", "val_loss", "bits_per_byte", "tokens_per_second",
+                       "first_token_share", "uniform_share", "gate_score", "max_activation"]
     assert [row[0] for row in rows] == ["3", "6"]
     for texts, row in zip(rows, log, strict=True):
         assert_same([float(text) for text in texts], [float(row[name]) for name in columns])
+
+
+def test_with_experts_the_log_also_says_how_evenly_they_are_visited():
+    log = fit(out="run", attn_share=True, n_expert=2)
+    with open("run/log.csv", newline="") as file:
+        assert float(list(csv.DictReader(file))[-1]["max_expert_load"]) == log[-1]["max_expert_load"]
 
 
 def test_a_row_holds_the_mean_over_layers_beside_the_floor_and_nan_for_what_was_not_measured():
