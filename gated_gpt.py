@@ -7,7 +7,7 @@ Multiply what attention returns by a gate that looks at the current token,
 
     Y' = Y * sigmoid(X W)
 
-and a head can close instead: the sink goes, and the model gets a little better.
+and a head can close instead. The sink goes, and in the paper the model gets better, too.
 
 Reading order: GPTConfig -> Gate -> Attention.forward, where all five places of a gate stand on one screen ->
 Block -> GPT -> measure, which reads the sink from outside, through hooks.

@@ -584,7 +584,6 @@ def configs_from(flags):
         why = f"preset   {name} " + ("(as asked)" if "preset" in flags else f"(on {device.type})")
         values = dict(PRESETS[name])
     values |= {name: value for name, value in flags.items() if name != "preset"}
-
     return *make_configs(values), why
 
 
