@@ -1,0 +1,160 @@
+"""
+The numbers of exercises.md: does what each exercise says, edits included, and records what comes out.
+
+    python experiments/exercises.py            every exercise that trains, for seeds 0, 1 and 2
+    python experiments/exercises.py --jobs=2   two at a time
+
+An edit is a ```diff block whose first line names the file; what one runs is in ```sh and ```python blocks.
+Each run has a copy of the project to itself, in out/exercises/, so nothing of yours is edited. A copy that
+is finished says so in its printed.json, and is not run again.
+Reading order: Exercise -> read -> copy_project -> do -> record.
+"""
+import argparse
+import concurrent.futures
+import csv
+import json
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees its own folder only
+from sample import run_main
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "experiments" / "results"
+
+
+class Exercise(NamedTuple):
+    """One exercise, as exercises.md has it."""
+    number: int
+    title: str
+    text: str
+    edits: list  # (file, lines before, lines after)
+    steps: list  # what to run, in order: ("sh" or "refused", arguments of `python`) or ("python", code)
+
+    @property
+    def recorded(self):
+        """Whether it says what a training run should come out at."""
+        return "A share of" in self.text
+
+
+def read(text):
+    """The exercises in the text of exercises.md: a list of Exercise."""
+    found = []
+    for section in re.split(r"^## (?=\d+\. )", text, flags=re.M)[1:]:
+        number, title = re.match(r"(\d+)\. (.+)", section).groups()
+        edits, steps = [], []
+        for language, block in re.findall(r"^```(diff|sh|python)\n(.+?)^```$", section, re.M | re.S):
+            if language == "diff":
+                file, *lines = block.splitlines()
+                before, after = ("".join(line[1:] + "\n" for line in lines if line[0] in f" {sign}")
+                                 for sign in "-+")
+                edits.append((file.removeprefix("--- "), before, after))
+            elif language == "python":
+                steps.append(("python", block))
+            else:
+                steps += [("refused" if "# refused" in line else "sh", shlex.split(line, comments=True)[1:])
+                          for line in block.splitlines()]
+        found.append(Exercise(int(number), title, section, edits, steps))
+    return found
+
+
+def copy_project(folder, edits=()):
+    """An edited copy of the project in `folder`, without runs. ValueError if an edit fits no more."""
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns("out", ".*", "__pycache__", "results"))
+    for file, before, after in edits:
+        source = (folder / file).read_text()
+        if source.count(before) != 1:
+            raise ValueError(f"exercises.md edits {file}, but these lines are there {source.count(before)} "
+                             f"times instead of once:\n{before}")
+        (folder / file).write_text(source.replace(before, after))
+
+
+def do(step, folder, more=None):
+    """Run one step in `folder`, with `more` flags for a script, {its name: [...]}."""
+    kind, what = step
+    words = ["-c", what] if kind == "python" else [*what, *(more or {}).get(Path(what[0]).name, ())]
+    return subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True)
+
+
+def do_all(exercise, seed, threads):
+    """All steps of an exercise with one seed; returns the last row of its log, and what its code printed."""
+    folder = Path("out/exercises") / f"{exercise.number}-{seed}"
+    done = folder / "printed.json"
+    if not done.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        copy_project(folder, exercise.edits)
+        printed = []
+        for step in exercise.steps:
+            ran = do(step, folder, {"train.py": [f"--seed={seed}", f"--threads={threads}"]})
+            if ran.returncode:
+                raise ValueError(f"exercise {exercise.number}, seed {seed}: {step[1]} failed: {ran.stderr}")
+            printed += [ran.stdout.strip()] * (step[0] == "python")
+        shutil.rmtree(folder / "data")  # by far the largest part of it
+        done.write_text(json.dumps(printed))
+    log, = folder.glob("out/*/log.csv")
+    with open(log, newline="") as file:
+        return list(csv.DictReader(file))[-1] | {"printed": "; ".join(json.loads(done.read_text()))}
+
+
+def record(exercises, results, seeds, machine):
+    """Write exercises.csv and exercises.md from results {(number, seed): the last row of the log}."""
+    columns = {"share": "first_token_share", "gate_score": "gate_score", "max_activation": "max_activation",
+               "val_loss": "val_loss"}
+    rows = []
+    for e in exercises:
+        mine = [results[e.number, seed] for seed in range(seeds)]
+        command = next(shlex.join(["python", *what]) for kind, what in e.steps
+                       if kind == "sh" and what[0] == "train.py")
+        rows.append({"exercise": e.number, "title": e.title, "command": command, "edited": bool(e.edits),
+                     **{short: " / ".join(f"{float(row[name]):.3f}" for row in mine)
+                        for short, name in columns.items()},
+                     "floor": f"{float(mine[0]['uniform_share']):.3f}",
+                     "printed": " / ".join(row["printed"] for row in mine)})
+    RESULTS.mkdir(exist_ok=True)
+    with open(RESULTS / "exercises.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    lines = [f"# exercises.md, seeds 0 to {seeds - 1}\n", *(f"- {k}: {v}" for k, v in machine.items()), "",
+             f"| {' | '.join(rows[0])} |", "| " + "--- | " * len(rows[0])]
+    lines += [f"| {' | '.join(map(str, row.values()))} |" for row in rows]
+    (RESULTS / "exercises.md").write_text("\n".join(lines).replace("nan", "-") + "\n")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="exercises.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each exercise [%(default)s]")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, on shared threads [%(default)s]")
+    flags = parser.parse_args(argv)
+    if min(flags.seeds, flags.jobs) < 1:
+        raise ValueError(f"seeds={flags.seeds} and jobs={flags.jobs} must be at least 1")
+    threads = max(1, torch.get_num_threads() // flags.jobs)
+    exercises = [e for e in read((ROOT / "exercises.md").read_text()) if e.recorded]
+    todo, results = [(e, seed) for seed in range(flags.seeds) for e in exercises], {}
+    with concurrent.futures.ThreadPoolExecutor(flags.jobs) as pool:
+        futures = {pool.submit(do_all, e, seed, threads): (e.number, seed) for e, seed in todo}
+        try:
+            for future in tqdm(concurrent.futures.as_completed(futures), total=len(todo), unit="run"):
+                results[futures[future]] = future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    record(exercises, results, flags.seeds, {
+        "command": f"`python experiments/exercises.py {shlex.join(argv or sys.argv[1:])}`",
+        "machine": f"cpu ({platform.machine()}), runs at a time: {flags.jobs}, threads each: {threads}, "
+                   f"torch {torch.__version__}"})
+    print((RESULTS / "exercises.md").read_text())
+
+
+if __name__ == "__main__":
+    run_main(main)
