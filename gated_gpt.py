@@ -517,8 +517,8 @@ def measure(model, idx):
         row["max_activation"] = output.abs().max().item()
 
     watched = {SDPA: on_sdpa, Gate: on_gate, Block: on_block}
-    hooks = [(module, partial(watched[type(module)], row)) for block, row in zip(model.blocks, rows)
-             for module in block.modules() if type(module) in watched]
+    hooks = [(module, partial(hook, row)) for block, row in zip(model.blocks, rows)
+             for module in block.modules() for kind, hook in watched.items() if isinstance(module, kind)]
     hooks += [(block.mlp.router, partial(on_router, row)) for block, row in zip(model.blocks, rows)
               if model.config.n_expert]
     with evaluating(model, hooks):

@@ -11,6 +11,7 @@ import codecs
 import math
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -187,6 +188,13 @@ def main(argv=None):
 def run_main(main):
     """main(), but what a user can mend ends in one sentence and exit status 2, without a traceback."""
     name = os.path.basename(sys.argv[0])
+
+    def end(status, text):
+        if os.environ.get("RANK", "0") != "0":  # torchrun ends all processes when one does: let process 0 say
+            time.sleep(2)  # it, and speak only where it has nothing to say
+        print(text, file=sys.stderr)
+        sys.exit(status)
+
     if hasattr(sys.stdout, "reconfigure"):  # a pipe or a terminal that can't show a character shows a ?
         sys.stdout.reconfigure(errors="replace")
     try:
@@ -195,15 +203,12 @@ def run_main(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        sys.exit(2)
+        end(2, f"{name}: {error}")
     except torch.OutOfMemoryError:
-        print(f"{name}: the GPU's memory is full: try a smaller --batch_size (with more --grad_accum), "
-              "--block_size or --n_embd", file=sys.stderr)
-        sys.exit(2)
+        end(2, f"{name}: the GPU's memory is full: try a smaller --batch_size (with more --grad_accum), "
+               "--block_size or --n_embd")
     except KeyboardInterrupt as interrupt:
-        print(f"\n{name}: {interrupt or 'interrupted'}", file=sys.stderr)
-        sys.exit(130)
+        end(130, f"\n{name}: {interrupt or 'interrupted'}")
 
 
 if __name__ == "__main__":

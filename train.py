@@ -5,6 +5,7 @@ Train a gated GPT:
     python train.py --preset=sink --gate=none  an attention sink, in a minute
     python train.py --preset=sink --gate=g1    the same, gated: no sink
     python train.py --help                     every flag
+    torchrun --standalone --nproc_per_node=2 train.py    the same, on two GPUs
 
 A flag is a field of GPTConfig (gated_gpt.py) or TrainConfig (here).
 A preset is a table of their values, which flags of your own override;
@@ -17,6 +18,7 @@ import csv
 import dataclasses
 import inspect
 import math
+import os
 import re
 import shlex
 import signal
@@ -30,6 +32,10 @@ from typing import Literal, get_args, get_origin
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import prepare
@@ -50,7 +56,7 @@ class TrainConfig:
     # --- optimisation ---
     max_steps: int = 1000  # optimizer steps
     batch_size: int = 32  # windows per forward
-    grad_accum: int = 1  # forwards per step, their gradients averaged
+    grad_accum: int = 1  # forwards per step, their gradients averaged; several processes share them out
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, with adamw for the rest
     learning_rate: float = 1e-3  # peak learning rate
     schedule: Literal["cosine", "constant"] = "cosine"  # of the learning rate after warm-up
@@ -69,6 +75,7 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products; weights stay float32
     compile: bool | None = None  # torch.compile; default on CUDA only
     threads: int | None = None  # CPU threads; by default as torch sees fit
+    shard: bool = False  # under torchrun: spread weights and optimizer over the GPUs (FSDP), for large models
 
     def __post_init__(self):
         check_fields(self, seed=0, warmup_steps=0)
@@ -105,10 +112,11 @@ PRESETS = {
 
 def choose_device(name):
     """(device, reason)"""
+    mine = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"  # under torchrun
     if name != "auto":
-        return checked_device(name), "as asked"
+        return checked_device(mine if name == "cuda" else name), "as asked"
     if torch.cuda.is_available():
-        return torch.device("cuda"), torch.cuda.get_device_name()
+        return torch.device(mine), torch.cuda.get_device_name()
     if torch.backends.mps.is_available():
         return torch.device("mps"), "no CUDA here, but an Apple GPU"
     return torch.device("cpu"), "neither CUDA nor an Apple GPU here"
@@ -127,8 +135,6 @@ def choose_dtype(name, device):
 
 def try_compile(model, batch, precision):
     """(model to train with, reason): compiled if a forward and a backward go through, else as it was."""
-    device = batch[0].device
-    states = random_states(device)
     try:
         compiled = torch.compile(model)
         with precision:
@@ -142,8 +148,86 @@ def try_compile(model, batch, precision):
         return model, f"off: torch.compile failed with {type(error).__name__}: {reason}"
     finally:
         model.train().zero_grad()
-        set_random_states(states, device)  # the trial's dropout must not shift the training's
     return compiled, "on"
+
+
+# Dense bfloat16 peak in TFLOP/s, from NVIDIA's data sheets, by what the GPU's name contains; the first match.
+PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312,
+               "L40S": 362, "L4": 121, "A10G": 70, "RTX 4090": 165, "RTX 3090": 71}
+
+
+def peak_flops(device):
+    """What the device could do at best, in FLOP/s; None if it is not in the table."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((1e12 * peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+
+
+def flops_per_token(config, parameters):
+    """Of one training step of a dense model, forward and backward (PaLM, arXiv 2204.02311, appendix B).
+
+    Six for each weight that multiplies (the embedding only looks up) and 12 L nh hs T for attention.
+    """
+    looked_up = 0 if config.tie_embeddings else config.vocab_size * config.n_embd
+    attention = 12 * config.n_layer * config.n_head * config.head_dim * config.block_size
+    return 6 * (parameters - looked_up) + attention
+
+
+# ----------------------------------------------------------------------------------------------------
+# Several processes, started by torchrun: each trains on its part of the windows of every step
+
+
+@contextmanager
+def processes(device):
+    """Join the processes that torchrun has started, if it has."""
+    if "RANK" not in os.environ:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(checked_device(str(device)))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    yield
+    dist.destroy_process_group()
+
+
+def rank_and_ranks():
+    """(number of this process, how many there are)"""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def agreed(value):
+    """Process 0's value, in all processes."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def shares(batch_size, grad_accum, ranks):
+    """(windows of a process per step, forwards it makes for them): the step's windows are the same for any
+    number of processes. ValueError if they can't be shared out evenly."""
+    windows, forwards = batch_size * grad_accum, math.ceil(grad_accum / ranks)
+    if windows % (ranks * forwards):
+        raise ValueError(f"batch_size={batch_size} times grad_accum={grad_accum} is {windows} windows a "
+                         f"step, which {ranks} processes with {forwards} forwards each can't share evenly: "
+                         f"choose multiples of {ranks}")
+    return windows // ranks, forwards
+
+
+def gathered(tree, keep):
+    """The tensors of nested dicts and lists, with sharded ones made whole, one at a time, on the CPU.
+
+    Every process must call it; only where `keep` is true there is a result.
+    """
+    if isinstance(tree, dict):
+        return {key: gathered(value, keep) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [gathered(value, keep) for value in tree]
+    if isinstance(tree, DTensor):
+        whole = tree.full_tensor()
+        return whole.cpu() if keep else None
+    return tree
+
+
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -219,24 +303,23 @@ EXPERT_COLUMNS = (*COLUMNS, "max_expert_load")  # with experts, how evenly they 
 MEASURE_WINDOWS = 64  # of the validation windows, for the three measurements
 
 
-def cells(config, c):
-    """(log column, heading, width, format) of what an evaluation prints: 80 columns at most."""
+def cells(config, c, known_peak):
+    """(name, heading, width, format) of what an evaluation prints: 80 columns at most."""
     shown = [("step", "step", 6, "d"), ("train_loss", "train", 8, ".4f"), ("val_loss", "val", 8, ".4f"),
              ("bits_per_byte", "bits/byte", 10, ".4f"), ("tokens_per_second", "tokens/s", 10, ",.0f")]
     if c.attn_share:
         shown += [("first_token_share", "share", 7, ".3f"), ("uniform_share", "(floor)", 8, ".3f"),
                   ("gate_score", "gate", 7, ".3f"), ("max_activation", "max|x|", 8, ".1f")]
         shown += [("max_expert_load", "load", 6, ".2f")] * bool(config.n_expert)
-    return shown
+    return shown + [("mfu", "MFU", 6, ".1%")] * known_peak
 
 
-def heading(config, c):
-    return "".join(f"{title:>{width}}" for _, title, width, _ in cells(config, c))
+def heading(shown):
+    return "".join(f"{title:>{width}}" for _, title, width, _ in shown)
 
 
-def line(row, config, c):
-    return "".join(f"{row[name]:{width}{form}}".replace("nan", "  -")
-                   for name, _, width, form in cells(config, c))
+def line(row, shown):
+    return "".join(f"{row[name]:{width}{form}}".replace("nan", "  -") for name, _, width, form in shown)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -273,19 +356,6 @@ def stop_signals():
             signal.signal(number, handler)
 
 
-def random_states(device):
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def set_random_states(states, device):
-    torch.set_rng_state(states["cpu"])
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)
-
-
 # ----------------------------------------------------------------------------------------------------
 # Training
 
@@ -312,7 +382,12 @@ class Run:
     """A run: its model, data, optimizers, and `state`, which is what a checkpoint holds beside the model."""
 
     def __init__(self, config, c, say):
-        self.c, self.say = c, say
+        self.rank, self.ranks = rank_and_ranks()
+        self.c, self.say = c, say if self.rank == 0 else lambda text: None
+        self.windows, self.forwards = shares(c.batch_size, c.grad_accum, self.ranks)
+        if c.shard and self.ranks == 1:
+            raise ValueError("shard=True spreads a model over several processes, and this is one: start with "
+                             "torchrun --standalone --nproc_per_node=N train.py ..., or leave --shard out")
         if c.threads:
             torch.set_num_threads(c.threads)
         self.device, why_device = choose_device(c.device)
@@ -321,7 +396,12 @@ class Run:
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
 
-        self.meta, tokens = open_data(c.data, say)
+        first = os.environ.get("LOCAL_RANK", "0") == "0"  # of its machine: prepares the data for the others
+        if not first:
+            dist.barrier()
+        self.meta, tokens = open_data(c.data, self.say)
+        if first and self.ranks > 1:
+            dist.barrier()
         self.train_windows, self.val_windows = (
             Windows(tokens[split], self.meta["bos"], config.block_size, self.device)
             for split in ("train", "val"))
@@ -333,7 +413,8 @@ class Run:
             self.resume(config)
         else:
             self.start(config)
-        self.out.mkdir(parents=True, exist_ok=True)
+        if self.rank == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
         self.began = time.perf_counter()  # of what tokens/s is about, with the tokens since
         self.tokens = 0
         self.clock = self.began - self.state["seconds"]
@@ -341,35 +422,48 @@ class Run:
         why_compile = "off (on by default with CUDA only)" if c.compile is None else "off (as asked)"
         self.fast = self.model
         if c.compile or (c.compile is None and self.device.type == "cuda"):
-            batch = self.train_windows.at(self.train_windows.spaced(c.batch_size))
+            batch = self.train_windows.at(self.train_windows.spaced(self.windows // self.forwards))
             self.fast, why_compile = try_compile(self.model, batch, self.precision)
+        if self.ranks > 1 and not c.shard:  # sharded parameters exchange their gradients by themselves
+            self.fast = DistributedDataParallel(self.fast)
+        peak = None if config.n_expert else peak_flops(self.device)
+        flops = flops_per_token(config, self.model.num_params())
+        self.full_speed = self.ranks * peak / flops if peak else math.nan  # tokens/s
+        self.shown = cells(config, c, known_peak=bool(peak))
         self.describe(device=f"{self.device}, {torch.get_num_threads()} CPU threads ({why_device})",
                       dtype=f"{str(dtype).removeprefix('torch.')} ({why_dtype})", compile=why_compile)
 
     def start(self, config):
         """A new run: fresh weights from the seed."""
-        self.out = run_folder(config, self.c)
+        self.out = agreed(run_folder(config, self.c) if self.rank == 0 else None)
         torch.manual_seed(self.c.seed)
-        self.model = GPT(config).to(self.device)
-        torch.manual_seed(self.c.seed)  # again, so that dropout is the same for every gate
-        self.optimizers = make_optimizers(self.model, self.c)
+        self.place(GPT(config))
         self.state = {"step": 0, "best": math.inf, "seconds": 0.0, "log": [], "losses": []}
-        if self.c.overwrite:
+        if self.c.overwrite and self.rank == 0:
             for old in (*self.out.glob("*.pt"), *self.out.glob("log.csv")):
                 old.unlink()
 
+    def place(self, model):
+        """The model onto the device, whole or as this process's shard, and its optimizers."""
+        if self.c.shard:
+            mesh = dist.init_device_mesh(self.device.type, (self.ranks,))
+            for part in (*model.blocks, model):  # block by block: never more than one of them is whole there
+                fully_shard(part, mesh=mesh)
+        self.model = model.to(self.device)
+        self.optimizers = make_optimizers(self.model, self.c)
+
     def resume(self, config):
-        """Everything as the checkpoint has it, random number generators included."""
+        """Everything as the checkpoint has it; the number of processes may be another."""
         self.out = Path(self.c.out) if self.c.out else newest_run()
         path = checkpoint_in(self.out)
-        self.model, self.state = load_checkpoint(path, self.device)
+        model, self.state = load_checkpoint(path)
         if self.state["step"] >= self.c.max_steps:
             raise ValueError(f"{path} is at step {self.state['step']} of max_steps={self.c.max_steps}: "
                              "a larger --max_steps goes on")
-        if self.model.config != config:
-            differs = [f"{f.name}={getattr(config, f.name)} (there {getattr(self.model.config, f.name)})"
+        if model.config != config:
+            differs = [f"{f.name}={getattr(config, f.name)} (there {getattr(model.config, f.name)})"
                        for f in dataclasses.fields(config)
-                       if getattr(config, f.name) != getattr(self.model.config, f.name)]
+                       if getattr(config, f.name) != getattr(model.config, f.name)]
             raise ValueError(f"{path} has another model than asked for: {', '.join(differs)}; leave these "
                              "flags out, or start a new run")
         if self.state["data"] != self.meta["train"]["sha256"]:
@@ -380,15 +474,19 @@ class Run:
             if getattr(self.c, name) != old[name]:
                 raise ValueError(f"{name}={getattr(self.c, name)} (there {old[name]}): a resumed run keeps "
                                  f"the optimizer of {path}; leave --{name} out, or start a new run")
-        self.optimizers = make_optimizers(self.model, self.c)
-        for optimizer, saved in zip(self.optimizers, self.state["optimizers"], strict=True):
+        self.place(model)
+        for optimizer, saved in zip(self.optimizers, self.state.pop("optimizers"), strict=True):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            for p, moments in zip(parameters, saved["state"].values()) if self.c.shard else ():
+                moments |= {name: distribute_tensor(value, p.device_mesh, p.placements)
+                            for name, value in moments.items() if value.shape == p.shape}
             optimizer.load_state_dict(saved)
-        set_random_states(self.state["random"], self.device)
 
     def describe(self, **machine):
         c, model, T = self.c, self.model, self.model.config.block_size
         in_gates = sum(p.numel() for name, p in model.named_parameters() if ".attn.gate." in name)
         windows = c.batch_size * c.grad_accum
+        machine["device"] += f", {self.ranks} processes" * (self.ranks > 1) + ", sharded" * c.shard
         for what, text in (machine | {
             "model": f"gate {model.config.variant}, {model.num_params():,} parameters, {in_gates:,} in gates",
             "data": f"{c.data}, {self.meta['train']['tokens']:,} training tokens ({self.meta['tokenizer']})",
@@ -399,40 +497,52 @@ class Run:
 
     def loop(self, hide_bar=None):
         c, state = self.c, self.state
-        self.say("\n" + heading(self.model.config, c))
+        self.say("\n" + heading(self.shown))
         self.began = time.perf_counter()
         pending = []  # losses still on the device: reading one means waiting for the GPU
         with stop_signals() as stop, tqdm(total=c.max_steps, initial=state["step"], unit="step", leave=False,
-                                          disable=hide_bar) as bar:
+                                          disable=True if self.rank else hide_bar) as bar:
             while state["step"] < c.max_steps:
                 pending.append(self.step())
                 state["step"] += 1
                 bar.update()
                 evaluating = state["step"] % c.eval_every == 0 or state["step"] == c.max_steps
-                if evaluating or stop or len(pending) == 20:
+                if evaluating or (stop and self.ranks == 1) or len(pending) == 20:
                     first = state["step"] + 1 - len(pending)
-                    for step, loss in enumerate(torch.stack(pending).tolist(), first):
+                    *losses, stopping = self.over_ranks([*pending, torch.tensor(float(len(stop)))])
+                    for step, loss in enumerate(losses, first):
                         self.check_finite("training", loss, step)
                         state["losses"].append(loss)
                     pending.clear()
-                    bar.set_postfix_str(f"loss {state['losses'][-1]:.3f}", refresh=False)
-                if evaluating:
-                    self.evaluate()
-                if stop and not pending and state["step"] < c.max_steps:
-                    if not evaluating or c.keep == "best":
-                        self.save("last")
-                    raise KeyboardInterrupt
+                    bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
+                    if evaluating:
+                        self.evaluate()
+                    if stopping and state["step"] < c.max_steps:
+                        if not evaluating or c.keep == "best":
+                            self.save("last")
+                        raise KeyboardInterrupt
         return state["log"]
 
+    def over_ranks(self, numbers):
+        """Tensors of one number each, as a list of floats: their means over all processes."""
+        numbers = torch.stack([number.to(self.device) for number in numbers])
+        if self.ranks > 1:
+            dist.all_reduce(numbers)
+        return (numbers / self.ranks).tolist()
+
     def step(self):
-        """One optimizer step; returns the training loss, a tensor on the device."""
+        """One optimizer step; returns the training loss of this process's windows, a tensor on the device."""
         c, step = self.c, self.state["step"]
         self.model.train()
         rate, total = learning_rate_at(step, c), 0.0
+        torch.manual_seed(hash((c.seed, step, self.rank)))  # dropout, like data, depends on the step alone
         offsets = self.train_windows.random(c.seed, step, c.batch_size * c.grad_accum)
-        for part in np.split(offsets, c.grad_accum):
+        mine = np.split(offsets, self.ranks)[self.rank]
+        for i, part in enumerate(np.split(mine, self.forwards), 1):
+            if isinstance(self.fast, DistributedDataParallel):  # gradients travel once, with the last forward
+                self.fast.require_backward_grad_sync = i == self.forwards
             with self.precision:
-                loss = self.fast(*self.train_windows.at(part))[1] / c.grad_accum
+                loss = self.fast(*self.train_windows.at(part))[1] / self.forwards
             loss.backward()
             total += loss.detach()
         if c.grad_clip:
@@ -474,14 +584,14 @@ class Run:
                 row[name] = sum(layer[name] for layer in layers) / len(layers)  # the paper's mean over layers
         state["log"].append(row)
         state["losses"] = []
-        self.say(line(row, self.model.config, c))
+        self.say(line(row | {"mfu": row["tokens_per_second"] / self.full_speed}, self.shown))
         self.save_evaluated(val)
         self.began, self.tokens = time.perf_counter(), 0
 
     @torch.no_grad()
     def val_loss(self):
         """Mean cross entropy in nats per token over c.eval_windows fixed windows."""
-        self.model.eval()
+        self.model.eval()  # the same in every process
         total, offsets = 0.0, self.val_windows.spaced(self.c.eval_windows)
         for part in np.array_split(offsets, math.ceil(len(offsets) / self.c.batch_size)):
             with self.precision:
@@ -497,6 +607,8 @@ class Run:
             self.save("best")  # first: a run that is killed in between resumes at last.pt, and makes it again
         if c.keep != "best":
             self.save("last")
+        if self.rank:
+            return
         if c.keep == "best":  # what an interruption may have left
             (self.out / "last.pt").unlink(missing_ok=True)
         with open(self.out / "log.csv", "w", newline="") as file:
@@ -507,10 +619,20 @@ class Run:
 
     def save(self, name):
         self.state["seconds"] = time.perf_counter() - self.clock
-        save_checkpoint(self.out / f"{name}.pt", self.model, self.state | {
+        state = self.state | {
             "train_config": dataclasses.asdict(self.c), "tokenizer": self.meta["tokenizer"],
-            "data": self.meta["train"]["sha256"], "random": random_states(self.device),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]})
+            "data": self.meta["train"]["sha256"],
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+        model = self.model
+        if self.c.shard:
+            state["optimizers"] = gathered(state["optimizers"], keep=self.rank == 0)
+            weights = gathered(model.state_dict(), keep=self.rank == 0)
+            with torch.device("meta"):
+                model = GPT(model.config)
+            if self.rank == 0:
+                model.load_state_dict(weights, assign=True)
+        if self.rank == 0:
+            save_checkpoint(self.out / f"{name}.pt", model, state)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -590,13 +712,28 @@ def configs_from(flags):
 def main(argv=None):
     flags = parse_flags(argv)
     config, c, why = configs_from(flags)
-    print(why)
-    run = Run(config, c, tqdm.write)
-    try:
-        log = run.loop()
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"stopped at step {run.state['step']} and saved; to go on: "
-                                f"python train.py --resume --out={shlex.quote(str(run.out))}") from None
+    with processes(choose_device(c.device)[0]):
+        if rank_and_ranks()[0] == 0:
+            print(why)
+        run = Run(config, c, tqdm.write)
+        try:
+            log = run.loop()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"stopped at step {run.state['step']} and saved; to go on: "
+                                    f"python train.py --resume --out={shlex.quote(str(run.out))}") from None
+        except RuntimeError as error:
+            if run.ranks == 1 or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise OSError(f"a process of the group is gone ({str(error).splitlines()[0]}): all end here, at "
+                          f"step {run.state['step']}; --resume --out={shlex.quote(str(run.out))} goes on "
+                          "from the last checkpoint") from None
+    if run.rank == 0:
+        conclude(run, log)
+
+
+def conclude(run, log):
+    """What a run ends with on the screen: its best loss, the table per layer, a sample."""
+    config, c = run.model.config, run.c
     best = min(log, key=lambda row: row["val_loss"])
     print(f"\nbest val loss {best['val_loss']:.4f} nats per token = {best['bits_per_byte']:.4f} bits per "
           f"byte, step {best['step']:,}; {run.state['seconds']:.0f} s")
