@@ -189,9 +189,11 @@ def run_main(main):
     """main(), but what a user can mend ends in one sentence and exit status 2, without a traceback."""
     name = os.path.basename(sys.argv[0])
 
+    first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
+
     def end(status, text):
-        if os.environ.get("RANK", "0") != "0":  # torchrun ends all processes when one does: let process 0 say
-            time.sleep(2)  # it, and speak only where it has nothing to say
+        if not first:  # torchrun ends all processes when one does: let the first say it, and speak only where
+            time.sleep(2)  # it has nothing to say
         print(text, file=sys.stderr)
         sys.exit(status)
 
@@ -208,7 +210,7 @@ def run_main(main):
         end(2, f"{name}: the GPU's memory is full: try a smaller --batch_size (with more --grad_accum), "
                "--block_size or --n_embd")
     except KeyboardInterrupt as interrupt:
-        end(130, f"\n{name}: {interrupt or 'interrupted'}")
+        end(130, f"\n{name}: {interrupt or 'interrupted'}") if first else sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -676,7 +676,7 @@ BUMPY = dict(eval_every=1, learning_rate=1.0, schedule="constant", warmup_steps=
 
 
 def test_best_is_the_checkpoint_with_the_lowest_validation_loss_and_last_the_latest():
-    for seed in range(20):  # so bumpy a run depends on how a processor rounds: look for one that turns up again
+    for seed in range(20):  # so bumpy a run depends on how a processor rounds: find one that turns up
         log = fit(out=f"run{seed}", seed=seed, max_steps=10, **BUMPY)
         best = min(log, key=lambda row: row["val_loss"])
         if 1 < best["step"] < 10:
