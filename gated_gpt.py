@@ -26,6 +26,7 @@ Names, in the shapes below and in the paper:
 import dataclasses
 import math
 import os
+import zipfile
 import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -550,12 +551,20 @@ def attention_maps(model, idx):
 FORMAT = "gated_gpt 1"
 
 
+def is_finite(model):
+    return all(p.isfinite().all() for p in model.parameters())
+
+
 def save_checkpoint(path, model, state):
     """Write the model, its config and `state` (plain values and tensors) to one file.
 
     Written under another name and moved over: a kill at any moment leaves the old or the new file whole.
-    Raises OSError when it can't be written; an older file at `path` is then as it was.
+    Raises OSError when it can't be written and FloatingPointError when weights are not finite; an older file
+    at `path` is then as it was.
     """
+    if not is_finite(model):
+        raise FloatingPointError(f"weights are no longer finite, so {path} is not written; an older "
+                                 "checkpoint there is untouched")
     content = {"format": FORMAT, "config": dataclasses.asdict(model.config), "model": model.state_dict(),
                "state": state}
     temporary = f"{path}.tmp"
@@ -575,18 +584,22 @@ def save_checkpoint(path, model, state):
 def load_checkpoint(path, device="cpu"):
     """(model on `device`, state on the CPU) from a file of save_checkpoint, whose code is never run.
 
-    Raises ValueError with one sentence if the file is cut short, something else, or from another version.
+    Raises ValueError with one sentence if the file is damaged (it is a zip archive, whose members have
+    checksums), something else, from another version, or holds weights that are not finite.
     """
     try:
         with open(path, "rb") as file:
+            if zipfile.ZipFile(file).testzip():
+                raise ValueError("a checksum does not fit")
+            file.seek(0)
             content = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"no checkpoint at {path}: python train.py makes one") from None
     except (IsADirectoryError, PermissionError) as error:
         raise ValueError(f"{path} can't be read ({error.strerror}): name a file of save_checkpoint") from None
     except Exception:  # torch raises whatever the bytes lead it to: OSError, KeyError, IndexError, ...
-        raise ValueError(f"{path} is not a whole checkpoint of gated_gpt.py: it is cut short, or something "
-                         "else; name another one, or train again") from None
+        raise ValueError(f"{path} is not a whole checkpoint of gated_gpt.py: it is damaged, cut short, or "
+                         "something else; name another one, or train again") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{path} has format {found!r}, and this version reads {FORMAT!r}: train again, or "
@@ -598,4 +611,7 @@ def load_checkpoint(path, device="cpu"):
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} does not fit this version's model ({reason}): train again, or use the "
                          "version that wrote it") from None
+    if not is_finite(model):
+        raise ValueError(f"{path} holds weights that are not finite, which train.py never saves: name "
+                         "another one, or train again")
     return model.to(device), state

@@ -341,6 +341,25 @@ def run_folder(config, c):
 
 
 @contextmanager
+def locked(folder):
+    """Keep other runs out of a folder until this one ends, be it by a kill. ValueError if one is in there."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: there a second run is not noticed
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which ends with the process
+        yield
+    except BlockingIOError:
+        raise ValueError(f"{folder} belongs to a run that is still going on: wait for its end, stop it, or "
+                         "choose another --out") from None
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
 def stop_signals():
     """A list that fills when SIGINT or SIGTERM comes, so that the loop can end after the step under way."""
     came, before = [], {}
@@ -439,9 +458,6 @@ class Run:
         torch.manual_seed(self.c.seed)
         self.place(GPT(config))
         self.state = {"step": 0, "best": math.inf, "seconds": 0.0, "log": [], "losses": []}
-        if self.c.overwrite and self.rank == 0:
-            for old in (*self.out.glob("*.pt"), *self.out.glob("log.csv")):
-                old.unlink()
 
     def place(self, model):
         """The model onto the device, whole or as this process's shard, and its optimizers."""
@@ -500,8 +516,12 @@ class Run:
         self.say("\n" + heading(self.shown))
         self.began = time.perf_counter()
         pending = []  # losses still on the device: reading one means waiting for the GPU
-        with stop_signals() as stop, tqdm(total=c.max_steps, initial=state["step"], unit="step", leave=False,
-                                          disable=True if self.rank else hide_bar) as bar:
+        with (nullcontext() if self.rank else locked(self.out), stop_signals() as stop,
+              tqdm(total=c.max_steps, initial=state["step"], unit="step", leave=False,
+                   disable=True if self.rank else hide_bar) as bar):
+            if c.overwrite and not self.rank:
+                for old in (*self.out.glob("*.pt"), *self.out.glob("log.csv")):
+                    old.unlink()
             while state["step"] < c.max_steps:
                 pending.append(self.step())
                 state["step"] += 1

@@ -153,7 +153,8 @@ def load(name, root=DATA):
     try:
         meta = json.loads(path.read_text())
         whole = meta == {**meta, **vocabulary(meta["tokenizer"])}
-        whole = whole and all(meta[s]["tokens"] >= MIN_TOKENS and "bytes" in meta[s] for s in SPLITS)
+        whole = whole and all(meta[s]["tokens"] >= MIN_TOKENS and meta[s].keys() >= {"bytes", "sha256"}
+                              for s in SPLITS)
     except (ValueError, KeyError, TypeError):
         whole = False
     if not whole:
@@ -162,16 +163,17 @@ def load(name, root=DATA):
 
 
 def open_bin(path, meta, split, again):
-    """The tokens of one split, mapped from disk, if their number and their range are what meta.json says."""
+    """The tokens of one split, mapped from disk, if they are the ones that meta.json speaks of."""
     count = meta[split]["tokens"]
     size, expected = path.stat().st_size if path.exists() else 0, count * np.dtype(meta["dtype"]).itemsize
     if size != expected:
         raise ValueError(f"{path} has {size:,} bytes, but {count:,} tokens need {expected:,}: it was cut "
                          f"short or changed, make it again with `{again}`")
     tokens = np.memmap(path, meta["dtype"], mode="r")
-    if tokens.max() > meta["bos"]:   # one pass over the file, some GB a second
-        raise ValueError(f"{path} holds the token {tokens.max()}, but the last of {meta['tokenizer']} is "
-                         f"{meta['bos']}: it is damaged, make it again with `{again}`")
+    found = hashlib.sha256(tokens).hexdigest()   # one pass over the file, about a second for a GB
+    if found != meta[split]["sha256"]:
+        raise ValueError(f"{path} has sha256 {found[:8]}, but the tokens that meta.json speaks of have "
+                         f"{meta[split]['sha256'][:8]}: it is damaged, make it again with `{again}`")
     return tokens
 
 

@@ -693,6 +693,33 @@ def test_ctrl_c_saves_the_step_it_stopped_at_whatever_is_kept():
     assert load_checkpoint(sample.checkpoint_in("run"))[1]["step"] == worse + 1
 
 
+def test_a_folder_belongs_to_one_run_until_it_ends():
+    def second():
+        for choice in (dict(overwrite=True), dict(resume=True)):
+            with pytest.raises(ValueError, match="run belongs to a run that is still going on: .* another --out"):
+                fit(out="run", max_steps=20, **choice)
+
+    fit(out="run", max_steps=2, eval_every=1)
+    with at_forward(2, second):
+        log = fit(out="run", overwrite=True, max_steps=3, eval_every=1)
+    assert [row["step"] for row in load_checkpoint("run/last.pt")[1]["log"]] == [row["step"] for row in log]
+    fit(out="run", max_steps=4, resume=True)  # and now it is free
+
+
+def test_weights_that_are_not_finite_are_neither_saved_nor_loaded():
+    fit(out="run")
+    model, state = load_checkpoint("run/last.pt")
+    with torch.no_grad():
+        model.blocks[0].mlp.up_proj.weight[0, 0] = math.nan
+    with pytest.raises(FloatingPointError, match="run/last.pt is not written"):
+        train.save_checkpoint("run/last.pt", model, state)
+    content = torch.load("run/last.pt", weights_only=True)
+    content["model"]["norm.weight"][3] = math.inf
+    torch.save(content, "run/last.pt")
+    with pytest.raises(ValueError, match="run/last.pt holds weights that are not finite"):
+        load_checkpoint("run/last.pt")
+
+
 def test_signals_are_handled_as_before_when_the_run_is_over():
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     fit()
