@@ -123,6 +123,14 @@ def test_a_turn_is_as_many_calls_as_fill_its_time_and_a_time_is_that_of_one_call
     assert all(10 <= t < 100 for t in times["nap"])
 
 
+def test_the_clock_waits_for_an_accelerator_before_and_after_a_turn(monkeypatch):
+    done = []
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: done.append("wait"))
+    speed.alternate({"a": lambda: done.append("call")}, 2, 0)
+    assert done == ["wait", "call", "wait"] * 3  # one to warm up, and two rounds
+
+
 def test_a_planted_sleep_is_slower_and_equal_candidates_are_noise():
     naps = {"base": 0.002, "equal": 0.002, "longer": 0.05}
     times = speed.alternate({name: lambda nap=nap: time.sleep(nap) for name, nap in naps.items()}, 15, 0)
@@ -184,14 +192,27 @@ def test_training_is_timed_with_and_without_the_gate_and_nanogpt_beside_it(here,
         assert idx.shape == targets.shape == (2, 16)
 
 
+def test_each_training_step_has_a_batch_of_its_own(here):
+    run = speed.open_run(dict(n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=2, data="tiny"))
+    before, step = run.model.embed.weight.clone(), speed.step_of(run)
+    step()
+    step()
+    assert run.state["step"] == 2 and not torch.equal(before, run.model.embed.weight)
+
+
 def test_nothing_that_a_training_table_makes_stays_behind(here):
     before = sorted(here.rglob("*"))
     run("scaling", *TINY)
     assert sorted(set(here.rglob("*")) - set(before)) == [here / "results", here / "results/speed_scaling.md"]
 
 
-def test_scaling_sweeps_each_size_alone_and_fits_it(here):
+def test_scaling_sweeps_each_size_alone_and_fits_it(here, monkeypatch):
+    opened, open_run = [], speed.open_run
+    monkeypatch.setattr(speed, "open_run", lambda values: opened.append(open_run(values)) or opened[-1])
     text = run("scaling", *TINY, "--rounds=2", "--batch_size=4")
+    sizes = [(one.model.config.block_size, one.model.config.n_embd, one.c.batch_size) for one in opened]
+    assert sizes == ([(T, 32, 4) for T in (4, 8, 16, 32, 64)] + [(16, C, 4) for C in (8, 16, 32, 64, 128)]
+                     + [(16, 32, B) for B in (1, 2, 4, 8, 16)])
     assert [list(table) for table in rows(text)] == [
         ["T=4", "T=8", "T=16", "T=32", "T=64"], ["C=8", "C=16", "C=32", "C=64", "C=128"],
         ["B=1", "B=2", "B=4", "B=8", "B=16"]]
