@@ -1,0 +1,564 @@
+"""
+What things cost: one command for each table, which is printed and written to experiments/results/speed_*.md.
+
+    python experiments/speed.py train       training steps, with and without the gate
+    python experiments/speed.py to_loss     wall time until nanoGPT's validation loss is reached
+    python experiments/speed.py sample      new tokens a second, and how soon the first one comes
+    python experiments/speed.py gate        what every gate adds: forward, training step, decoding
+    python experiments/speed.py measure     memory and time of measure, beside a plain forward
+    python experiments/speed.py scaling     time of a step against window, width and batch size
+
+Times on a shared machine are noisy. So candidates take turns, ratios are formed within a round, and a ratio
+that is now above 1, now below, is called noise. With --nanogpt=FOLDER, a clone of github.com/karpathy/nanoGPT
+that you made yourself, nanoGPT runs beside `train`, `to_loss` and `sample`; nothing of it is in here.
+Reading order: alternate -> ratio_table -> the candidates -> the tables, from training_table on -> main.
+"""
+import argparse
+import contextlib
+import dataclasses
+import importlib.util
+import io
+import math
+import multiprocessing
+import os
+import platform
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees its own folder only
+import train
+from data import prepare
+from experiments.compare_gates import DECIDED, RESULTS, VARIANTS, configs_of
+from gated_gpt import GPT, GPTConfig, load_checkpoint, measure, save_checkpoint
+from sample import checkpoint_in, run_main
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# ------------------------------------------------------------------------------------------------------------
+# Taking turns, and the table that comes of it
+
+WARM_UP = 3  # calls of each candidate before anything counts
+
+
+def alternate(candidates, rounds, seconds):
+    """{name: milliseconds of a call, in each round} of {name: callable}, which take turns: A B A B.
+
+    A turn is as many calls as fill `seconds`, at least one. On a GPU it ends when the work is done.
+    """
+    wait = torch.accelerator.synchronize if torch.accelerator.is_available() else lambda: None
+
+    def turn(call, repeats):
+        wait()
+        began = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        wait()
+        return 1e3 * (time.perf_counter() - began) / repeats
+
+    warm = {name: [turn(call, 1) for _ in range(WARM_UP)][-1] for name, call in candidates.items()}
+    times = {name: [] for name in candidates}
+    for _ in tqdm(range(rounds), unit="round", leave=False, disable=None):
+        for name, call in candidates.items():
+            times[name].append(turn(call, max(1, math.ceil(1e3 * seconds / warm[name]))))
+    return times
+
+
+VERDICTS = {"ms": ("faster", "slower"), "s": ("faster", "slower"), "tokens/s": ("slower", "faster"),
+            "peak MB": ("less", "more")}  # what a ratio below 1 is, and above
+
+
+def verdict(ratios, unit):
+    """In a word. Noise: the rounds do not agree on the side of 1, or there is only one of them."""
+    if len(ratios) < 2 or min(ratios) <= 1 <= max(ratios):
+        return "noise"
+    return VERDICTS[unit][min(ratios) > 1]
+
+
+def number(x):
+    """In seven characters at most, from 0.01 on."""
+    if 99_999.5 <= x < math.inf:
+        return f"{x / 1e3:.1f}k" if x < 999_950 else f"{x / 1e6:#.4g}M"
+    return f"{x:,.0f}" if x >= 999.5 else f"{x:#.4g}"
+
+
+def ratio_table(unit, values, bases=None):
+    """Markdown of {name: [value in each round]}; each is divided by bases[name], by default the first one."""
+    bases = bases or dict.fromkeys(values, next(iter(values)))
+    rows = [("", unit, "min-max", "ratio", "min-max", "")]
+    for name, mine in values.items():
+        ratios = [a / b for a, b in zip(mine, values[bases[name]])]
+        cells = [text for column in (mine, ratios) for text in (
+            number(statistics.median(column)), f"{number(min(column))}-{number(max(column))}")]
+        rows.append((name, *cells, "base" if bases[name] == name else verdict(ratios, unit)))
+    widths, sides = [max(map(len, column)) for column in zip(*rows)], "<>>>><"
+    rows.insert(1, ["-" * (w - 1) + "-:"[side == ">"] for w, side in zip(widths, sides)])
+    lines = (" | ".join(f"{cell:{side}{w}}" for cell, side, w in zip(row, sides, widths)) for row in rows)
+    return "".join(f"| {line} |\n" for line in lines)
+
+
+def rates(times, tokens):
+    """{name: [tokens a second]} from {name: [milliseconds of a call]} and {name: tokens of a call}."""
+    return {name: [1e3 * tokens[name] / t for t in mine] for name, mine in times.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The candidates: runs of train.py, and nanoGPT beside them
+
+
+def device_of(c):
+    """(device, precision, whether to compile), chosen as train.py does."""
+    device, _ = train.choose_device(c.device)
+    dtype, _ = train.choose_dtype(c.dtype, device)
+    precision = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    return device, precision, device.type == "cuda" if c.compile is None else c.compile
+
+
+def open_run(values):
+    """A train.Run that says nothing and keeps nothing. ValueError if it should be compiled and is not."""
+    with tempfile.TemporaryDirectory() as folder:
+        config, c = train.make_configs(values | {"out": folder})
+        run = train.Run(config, c, say=lambda text: None)
+    if device_of(c)[2] and run.fast is run.model:
+        raise ValueError(f"gate {config.variant} can't be compiled here (train.py --compile says why): leave "
+                         "it out, or take --no-compile")
+    return run
+
+
+def step_of(run):
+    """A callable that makes one training step of a run: batch, forward, backward, clipping, optimizer."""
+    def step():
+        run.step()
+        run.state["step"] += 1
+    return step
+
+
+def nanogpt(folder, config):
+    """nanoGPT's model, with the sizes of a GPTConfig, from model.py in a clone of it."""
+    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(folder, "model.py"))
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    sizes = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout")
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # it counts its parameters aloud
+            spec.loader.exec_module(module)
+            return module.GPT(module.GPTConfig(**{name: getattr(config, name) for name in sizes}, bias=False))
+    except (OSError, SyntaxError, AttributeError, TypeError) as error:
+        raise ValueError(f"nanogpt={folder} holds no model.py of nanoGPT ({error}): name the folder of a "
+                         "clone of github.com/karpathy/nanoGPT") from None
+
+
+def nanogpt_step_of(model, run):
+    """A callable that makes one step of nanoGPT as its train.py does, on the data and device of `run`."""
+    c, T, model = run.c, run.model.config.block_size, model.to(run.device)
+    with contextlib.redirect_stdout(io.StringIO()):
+        optimizer = model.configure_optimizers(c.weight_decay, c.learning_rate, (c.beta1, c.beta2),
+                                               run.device.type)
+    fast = torch.compile(model) if device_of(c)[2] else model
+    file, on_gpu = train.open_data(c.data)[1]["train"], run.device.type == "cuda"
+
+    def batch():  # the file mapped anew, each window a copy of its own, then stacked
+        tokens = np.memmap(file.filename, file.dtype, mode="r")
+        starts = torch.randint(len(tokens) - T, (c.batch_size,))
+        pair = [torch.stack([torch.from_numpy(tokens[i + s : i + s + T].astype(np.int64)) for i in starts])
+                for s in (0, 1)]  # (B, T) each
+        return [(t.pin_memory() if on_gpu else t).to(run.device, non_blocking=on_gpu) for t in pair]
+
+    ready = [batch()]
+
+    def step():
+        with run.precision:
+            _, loss = fast(*ready.pop())
+        ready.append(batch())  # the next one, while a GPU is still at work
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The tables: each function gets the flags and the values of the configs' fields, and returns Markdown
+
+
+def training_table(flags, values):
+    """Tokens a second in training, with and without the gate."""
+    runs = {f"{gate} {optimizer}": open_run(values | {"gate": gate, "optimizer": optimizer})
+            for optimizer in ("adamw", "muon") for gate in ("none", "g1")}
+    models, steps = ({name: run.model for name, run in runs.items()},
+                     {name: step_of(run) for name, run in runs.items()})
+    one = runs["none adamw"]
+    if flags.nanogpt:  # first, and so the base
+        models = {"nanoGPT": nanogpt(flags.nanogpt, one.model.config)} | models
+        steps = {"nanoGPT": nanogpt_step_of(models["nanoGPT"], one)} | steps
+    times = alternate(steps, flags.rounds, flags.seconds)
+    tokens = one.c.batch_size * one.model.config.block_size
+    sizes = {name.split()[0]: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+    return ratio_table("tokens/s", rates(times, dict.fromkeys(times, tokens))) + (
+        "\nTraining steps, whole: batch, forward, backward, clipping, optimizer; no logging. Parameters: "
+        + ", ".join(f"{name} {size:,}" for name, size in sizes.items()) + ".\n")
+
+
+RECIPE = ("--preset=laptop --block_size=64 --batch_size=12 --optimizer=muon --learning_rate=3e-3 "
+          "--max_steps=400 --eval_every=50 --no-attn_share --keep=best")
+THEIRS = ("config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 "
+          "--block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 "
+          "--lr_decay_iters=2000 --dropout=0.0")  # the command in nanoGPT's README for a CPU
+LOSSES = {"nanoGPT": r"step \d+: .* val loss (\d+\.\d+)",  # where the printed lines have the validation loss
+          "ours": r" *\d+ +\d+\.\d{4} +(\d+\.\d{4}) +\d+\.\d{4} "}
+
+
+def watch(command, folder, pattern, target):
+    """(seconds until a Python command prints a loss of at most the target, or inf; seconds in all; last loss)
+
+    The losses are where `pattern` finds them. ValueError, with the last line it printed, when it fails.
+    """
+    began, reached, loss, line = time.perf_counter(), math.inf, math.nan, ""
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    with subprocess.Popen([sys.executable, "-u", *command], cwd=folder, env=environment, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        for line in process.stdout:
+            if match := re.match(pattern, line):
+                loss = float(match[1])
+                if loss <= target:
+                    reached = min(reached, time.perf_counter() - began)
+    if process.returncode:
+        raise ValueError(f"{shlex.join(command)} in {folder} ended with status {process.returncode}: "
+                         f"{line.strip()}")
+    return reached, time.perf_counter() - began, loss
+
+
+@torch.no_grad()
+def later_loss(model, meta, tokens):
+    """Validation loss without each window's first token, which nanoGPT never has to guess from nothing."""
+    windows = train.Windows(tokens["val"], meta["bos"], model.config.block_size, torch.device("cpu"))
+    idx, targets = windows.at(windows.spaced(256))  # (256, T) each
+    return F.cross_entropy(model.eval()(idx)[0][:, 1:].flatten(0, 1), targets[:, 1:].flatten()).item()
+
+
+def to_loss_table(flags, values):
+    """Wall time of whole commands until they reach a validation loss on Tiny Shakespeare."""
+    shakespeare, theirs = prepare.load("shakespeare"), Path(flags.nanogpt).resolve()
+    for name in ("train.py", "data/shakespeare_char/train.bin", "data/shakespeare_char/meta.pkl"):
+        if not (theirs / name).is_file():
+            raise ValueError(f"nanogpt={flags.nanogpt} has no {name}: name a clone of nanoGPT in which "
+                             "data/shakespeare_char/prepare.py has run (it takes Tiny Shakespeare from "
+                             "input.txt beside it, or from the network)")
+    found, later = {"nanoGPT": [], "ours": []}, []
+    with tempfile.TemporaryDirectory() as out:
+        for seed in tqdm(range(flags.seeds), unit="seed", leave=False, disable=None):
+            ours = Path(out, str(seed))
+            for name, folder, command in (
+                    ("nanoGPT", theirs, ["train.py", *shlex.split(flags.theirs), f"--out_dir={out}/theirs"]),
+                    ("ours", out, [str(ROOT / "train.py"), "--data=shakespeare", "--device=cpu",
+                                   *shlex.split(flags.recipe), f"--seed={seed}", f"--out={ours}"])):
+                found[name].append(watch(command, folder, LOSSES[name], flags.target))
+            later.append(later_loss(load_checkpoint(checkpoint_in(ours, "best"))[0], *shakespeare))
+    whole = {name: [took for _, took, _ in runs] for name, runs in found.items()}
+    until = {name: [reached for reached, *_ in runs] for name, runs in found.items()}
+    until["nanoGPT"] = [min(pair) for pair in zip(until["nanoGPT"], whole["nanoGPT"])]
+    ends = {name: [loss for *_, loss in runs] for name, runs in found.items()}
+    ends = "\n".join(f"- {name}: {' '.join(f'{loss:.4f}' for loss in losses)}"
+                     for name, losses in {**ends, "ours, from token 2 on": later}.items())
+    return f"""Until a validation loss of {flags.target} or less is printed, from the start of the command:
+
+{ratio_table("s", until)}
+The whole command:
+
+{ratio_table("s", whole)}
+The last losses, round by round:
+
+{ends}
+
+nanoGPT: `python train.py {flags.theirs}`. Its seed is fixed, so its runs differ in
+time only; one that ends above the target counts with its whole time. Its loss is a mean over random windows,
+of tokens 2 to 65, each after 1 to 64 others.
+
+Ours: `python train.py --data=shakespeare {flags.recipe}`, a seed each; inf: not
+reached. Our loss is a mean over fixed windows of the same text, of tokens 1 to T behind BOS. Token 1 must be
+guessed from nothing, so ours is the harder count; the last line leaves it out, for the best checkpoint.
+
+In both a token is a byte, and both clocks run from the start of the command, imports included.
+"""
+
+
+def sampling_table(flags, values):
+    """New tokens a second with the key/value cache, and how soon the first one comes."""
+    config, c = train.make_configs(values)
+    device, _, _ = device_of(c)
+    model, n, k = GPT(config).to(device), flags.tokens, min(flags.positions, flags.tokens)
+    rival = nanogpt(flags.nanogpt, config).to(device).eval() if flags.nanogpt else None
+    speed, bases = {}, {}
+    for batch in (1, 16):
+        idx = torch.randint(config.vocab_size, (batch, n), device=device)  # (B, n)
+
+        def ours(idx=idx):
+            for _ in model.stream(idx[:, :1], n):
+                pass
+
+        def theirs(idx=idx):  # without a cache, a token costs a forward of all before it, whoever made them
+            for i in range(k):
+                rival.generate(idx[:, : 1 + int((i + 0.5) * n / k)], 1)
+
+        names = (f"nanoGPT x {batch}", f"ours x {batch}")
+        calls = dict(zip(names, (theirs, ours))) if rival else {names[1]: ours}
+        tokens = {names[0]: batch * k, names[1]: batch * n}
+        speed |= rates(alternate(calls, flags.rounds, flags.seconds), tokens)
+        bases |= dict.fromkeys(calls, names[0] if rival else "ours x 1")
+    note = f"\nnanoGPT has no cache; {k} of {n} tokens are timed, at evenly spaced lengths." if rival else ""
+    return f"""{ratio_table("tokens/s", speed, bases)}
+{n} new tokens after one, for 1 text and for 16 at once; temperature 1, gate {config.variant}.{note}
+
+Start-up: a process that does no more than import torch, and one of sample.py for one token of a tiny model.
+
+{ratio_table("ms", start_up(flags))}"""
+
+
+def start_up(flags):
+    """{name: [milliseconds]} of sample.py with one token from a tiny model, and of importing torch."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, model = Path(folder, "tiny.pt"), GPT(GPTConfig(vocab_size=257, n_layer=1, n_head=1, n_embd=16))
+        save_checkpoint(path, model, {"tokenizer": "bytes", "step": 0, "train_config": {"data": "none"}})
+        commands = {"import torch": ["-c", "import torch"],
+                    "sample.py": [ROOT / "sample.py", f"--ckpt={path}", "--tokens=1"]}
+        return alternate({name: partial(subprocess.run, [sys.executable, *command], check=True,
+                                        stdout=subprocess.DEVNULL)
+                          for name, command in commands.items()}, flags.rounds, 0)
+
+
+DECODED = 100  # tokens in a call of the gate table
+
+
+def gate_table(flags, values):
+    """What every gate adds to a forward, to a training step and to decoding."""
+    names = flags.variants.split(",") if flags.variants else list(VARIANTS)
+    if unknown := [name for name in names if name not in VARIANTS]:
+        raise ValueError(f"variants={flags.variants}: {unknown[0]!r} is none of {', '.join(VARIANTS)}")
+    base, _ = train.make_configs(values | {"gate": "none"})
+    runs = {name: open_run(values | dataclasses.asdict(config))
+            for name, config in configs_of(names, base).items()}
+    bases, one = {name: VARIANTS[name].pair for name in runs}, next(iter(runs.values()))
+    batch = one.train_windows.at(one.train_windows.spaced(one.c.batch_size))  # (B, T) each
+    n = min(DECODED, base.block_size - 1)
+
+    @torch.no_grad()
+    def forward(run):
+        with run.precision:
+            run.fast(*batch)
+
+    def decode(run):
+        for _ in run.model.stream(batch[0][:1, :1], n):  # from BOS
+            pass
+
+    parts = {"Forward, without gradients": lambda run: partial(forward, run), "Training step": step_of,
+             f"Decoding {n} tokens, one by one": lambda run: partial(decode, run)}
+    tables = []
+    for title, call in parts.items():
+        for run in runs.values():
+            run.model.eval()  # a training step sets it back by itself
+        times = alternate({name: call(run) for name, run in runs.items()}, flags.rounds, flags.seconds)
+        tables.append(f"{title}:\n\n{ratio_table('ms', times, bases)}\n")
+    return "".join(tables) + f"""Dense variants are divided by `none`, at its number of parameters to half a
+percent, mixtures of experts by `moe`. Training is with {one.c.optimizer}; decoding is one text, in float32.
+"""
+
+
+def looks(config, c):
+    """({name: callable of idx}, idx): a plain forward, and measure, on windows that are full."""
+    device, precision, _ = device_of(c)
+    model = GPT(config).to(device).eval()
+
+    @torch.no_grad()
+    def plain_forward(idx):
+        with precision:
+            model(idx)
+
+    def measured(idx):
+        with precision:
+            measure(model, idx)
+
+    idx = torch.randint(config.vocab_size, (c.batch_size, config.block_size), device=device)  # (B, T)
+    return {"plain forward": plain_forward, "measure": measured}, idx
+
+
+def peak_memory(name, config, c):
+    """MB at the peak of one of `looks`, beyond what model and tokens take. For a process of its own."""
+    import resource  # not on Windows
+
+    if c.threads:
+        torch.set_num_threads(c.threads)
+    calls, idx = looks(config, c)
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+
+    def peak():
+        return (torch.cuda.max_memory_allocated() if idx.is_cuda
+                else unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+    calls[name](idx[:, :16])  # what libraries allocate once is not counted
+    before = peak()
+    calls[name](idx)
+    return (peak() - before) / 1e6
+
+
+def measure_table(flags, values):
+    """Peak memory and time of measure, beside a plain forward."""
+    config, c = train.make_configs(values)
+    # glibc may hoard freed tensors for later; told so, it gives those of 1 MB and more back at once.
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "1000000")
+    # On Linux, a program that is started inherits its parent's peak; a fork of a small server does not.
+    with multiprocessing.get_context("forkserver").Pool(1, maxtasksperchild=1) as pool:
+        peaks = {"plain forward": [], "measure": []}
+        for _ in range(flags.rounds):
+            for name, mine in peaks.items():
+                mine.append(pool.apply(peak_memory, (name, config, c)))
+    calls, idx = looks(config, c)
+    times = alternate({name: partial(call, idx) for name, call in calls.items()}, flags.rounds, flags.seconds)
+    return f"""{ratio_table("peak MB", peaks)}
+{ratio_table("ms", times)}
+On {c.batch_size} x {config.block_size} tokens. Peak: resident memory of a process of its own (on a GPU,
+allocated memory), beyond model and tokens; freed tensors are given back at once (MALLOC_MMAP_THRESHOLD_).
+"""
+
+
+AXES = {  # field: (its letter, what the exponent means)
+    "block_size": ("T", "1 where products with weight matrices rule, 2 where attention's T x T does"),
+    "n_embd": ("C", "2 where products with weight matrices rule, 1 where what is done to each channel does"),
+    "batch_size": ("B", "1 where the machine is full, less where a larger batch makes a token cheaper"),
+}
+
+
+def exponent(x, y):
+    """p of y = a x^p: the slope of the least squares line through the logarithms."""
+    return statistics.linear_regression(list(map(math.log, x)), list(map(math.log, y))).slope
+
+
+def scaling_table(flags, values):
+    """Time of a training step against window, width and batch size, one at a time."""
+    sizes = {field: sorted({max(1, int(values[field] * factor)) for factor in (0.25, 0.5, 1, 2, 4)})
+             for field in AXES}
+    runs = {field: {f"{AXES[field][0]}={size}": open_run(values | {field: size}) for size in sizes[field]}
+            for field in AXES}  # all of them first: one that can't be is told at once
+    text = ""
+    for field, (letter, meaning) in AXES.items():
+        steps = {name: step_of(run) for name, run in runs[field].items()}
+        times = alternate(steps, flags.rounds, flags.seconds)
+        found = [exponent(sizes[field], once) for once in zip(*times.values())]
+        text += (f"{ratio_table('ms', times)}\nA step grows as {letter}^{statistics.median(found):.2f} "
+                 f"({min(found):.2f} to {max(found):.2f} over the rounds): {meaning}.\n\n")
+    return text + "Exponents: least squares in the logarithms, a fit for each round.\n"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+class Table(NamedTuple):
+    make: Callable
+    flags: str  # those of FLAGS and of TrainConfig; the model's come with n_layer
+    sizes: dict  # values of the configs' fields, unless flags say otherwise; `data` gives the vocabulary
+
+
+TRAINING = "rounds seconds device dtype compile threads data batch_size"
+TABLES = {
+    "train": Table(training_table, f"{TRAINING} nanogpt", dict(
+        data="backcopy", n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12)),  # as THEIRS
+    "to_loss": Table(to_loss_table, "nanogpt target seeds recipe theirs threads", dict(device="cpu")),
+    "sample": Table(sampling_table, "rounds seconds nanogpt tokens positions device threads", dict(
+        vocab_size=257, n_layer=6, n_head=6, n_embd=384, block_size=1024)),
+    "gate": Table(gate_table, f"{TRAINING} variants", dict(
+        data="backcopy", n_layer=2, n_head=4, n_kv_head=2, n_embd=128, block_size=128, batch_size=8)),
+    "measure": Table(measure_table, "rounds seconds device dtype threads batch_size", dict(
+        vocab_size=2048, n_layer=2, n_head=2, n_embd=128, block_size=8192, batch_size=1)),
+    "scaling": Table(scaling_table, TRAINING, dict(
+        data="backcopy", n_layer=2, n_head=4, n_embd=128, block_size=256, batch_size=8)),
+}
+GATE_ON_CUDA = train.PRESETS["gpt2"] | dict(data="backcopy", grad_accum=1)
+FLAGS = {
+    "rounds": dict(type=int, default=5, help="turns of each candidate [%(default)s]"),
+    "seconds": dict(type=float, default=0.3, help="least length of a turn [%(default)s]"),
+    "nanogpt": dict(metavar="FOLDER", default="", help="your clone of nanoGPT, to run beside us"),
+    "tokens": dict(type=int, default=1000, help="new tokens of a text [%(default)s]"),
+    "positions": dict(type=int, default=20, help="of nanoGPT's tokens, how many are timed [%(default)s]"),
+    "variants": dict(help="some of compare_gates.py's, such as g1,g2 [all]"),
+    "target": dict(type=float, default=1.8857, help="validation loss to reach [%(default)s]"),
+    "seeds": dict(type=int, default=3, help="runs of each side [%(default)s]"),
+    "recipe": dict(default=RECIPE, help="our flags [%(default)s]"),
+    "theirs": dict(default=THEIRS, help="nanoGPT's flags [%(default)s]"),
+}
+
+
+def parse_flags(argv):
+    """(flags, the fields of the two configs that were given)"""
+    parser = argparse.ArgumentParser(prog="speed.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    tables = parser.add_subparsers(dest="table", required=True, metavar="TABLE")
+    model, training = ({f.name for f in dataclasses.fields(cls)} for cls in (GPTConfig, train.TrainConfig))
+    for name, (make, own, sizes) in TABLES.items():
+        sub = tables.add_parser(name, help=make.__doc__, description=make.__doc__, allow_abbrev=False)
+        sub.add_argument("--results", type=Path, default=RESULTS, help="where speed_*.md goes [%(default)s]")
+        for flag in own.split():
+            if flag in FLAGS:
+                sub.add_argument(f"--{flag}", **FLAGS[flag])
+        shown = {*own.split(), *(model if "n_layer" in sizes else ())}
+        if name in ("train", "gate"):  # which decide about the gate themselves
+            shown -= DECIDED - {"data", "vocab_size"}
+        train.add_flags(sub, GPTConfig, train.TrainConfig, skip=(model | training) - shown)
+    flags = parser.parse_args(argv)
+    for name, least in (("rounds", 1), ("seconds", 0), ("tokens", 1), ("positions", 1), ("seeds", 1)):
+        if not least <= getattr(flags, name, least) < math.inf:
+            raise ValueError(f"{name}={getattr(flags, name)} must be at least {least}, and finite")
+    return flags, {name: value for name, value in vars(flags).items() if name in model | training}
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    flags, given = parse_flags(argv)
+    make, own, sizes = TABLES[flags.table]
+    _, c = train.make_configs(sizes | given)
+    device, _, compiled = device_of(c)
+    compiled = compiled and "compile" in own.split()
+    values = (GATE_ON_CUDA if flags.table == "gate" and device.type == "cuda" else sizes) | given
+    if "data" in values:
+        values = {"vocab_size": train.open_data(values["data"])[0]["vocab_size"]} | values
+    if c.threads:
+        torch.set_num_threads(c.threads)
+    # Many models share one piece of code here, and each must keep a graph of its own.
+    with (torch._dynamo.config.patch(recompile_limit=1000, automatic_dynamic_shapes=False) if compiled
+          else contextlib.nullcontext()):
+        body = make(flags, values)
+    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    dtype = str(train.choose_dtype(c.dtype, device)[0]) if "dtype" in own.split() else "torch.float32"
+    text = f"""# speed: {flags.table}
+
+- command: `python experiments/speed.py {shlex.join(argv)}`
+- machine: {device} ({chip}), CPU threads: {torch.get_num_threads()}, torch {torch.__version__}
+- {dtype}{', compiled' * bool(compiled)}: {' '.join(f'{k}={v}' for k, v in values.items())}
+
+{body}"""
+    if hasattr(flags, "rounds"):
+        text += f"""
+Rounds: {flags.rounds}, after {WARM_UP} calls to warm up; medians. In a round all take turns, each for
+{flags.seconds:g} s or one call. Ratio: to the base in the same round. Noise: ratios on both sides of 1, or
+one only. (Two in 2^{flags.rounds} candidates that equal their base would land on one side by chance.)
+"""
+    flags.results.mkdir(parents=True, exist_ok=True)
+    path = flags.results / f"speed_{flags.table}.md"
+    path.write_text(text)
+    print(f"{text}\n{path}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,362 @@
+"""Claims about speed.py: turns are fair, verdicts follow rules, and each table is made by its command."""
+import contextlib
+import io
+import math
+import re
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from data import prepare
+from experiments import speed
+from experiments.compare_gates import VARIANTS
+from gated_gpt import GPT, GPTConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+ONCE = "--rounds=1 --seconds=0 --n_layer=1 --n_embd=32 --block_size=16".split()
+TINY = [*ONCE, "--n_head=2", "--batch_size=2", "--data=tiny"]
+
+# In place of a clone of nanoGPT: the same names and the same kinds of results, little else.
+MODEL = """
+from dataclasses import dataclass
+import torch
+
+@dataclass
+class GPTConfig:
+    block_size: int
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float
+    bias: bool
+
+class GPT(torch.nn.Module):
+    batches, lengths = [], []
+
+    def __init__(self, config):
+        super().__init__()
+        print("counting parameters")
+        self.config, self.table = config, torch.nn.Embedding(config.vocab_size, config.vocab_size)
+
+    def forward(self, idx, targets):
+        self.batches.append((idx, targets))
+        logits = self.table(idx)
+        return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        return torch.optim.AdamW(self.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay)
+
+    def generate(self, idx, max_new_tokens):
+        self.lengths.append(tuple(idx.shape))
+        return torch.cat((idx, idx[:, :max_new_tokens]), dim=1)
+"""
+TRAIN = """
+import sys
+for step, loss in ((0, 4.2), (250, 2.5), (500, 2.1)):
+    print(f"step {step}: train loss {loss - 0.1:.4f}, val loss {loss:.4f}")
+print("iter 501: loss 1.0000, time 1.00ms, mfu 1.00%")
+"""
+
+
+@pytest.fixture(autouse=True)
+def short_warm_up(monkeypatch):
+    monkeypatch.setattr(speed, "WARM_UP", 1)
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A folder that stands for the user's clone of nanoGPT, with its data prepared."""
+    folder = tmp_path / "nanoGPT"
+    (folder / "data/shakespeare_char").mkdir(parents=True)
+    (folder / "model.py").write_text(MODEL)
+    (folder / "train.py").write_text(TRAIN)
+    for name in ("train.bin", "meta.pkl"):
+        (folder / "data/shakespeare_char" / name).touch()
+    return folder
+
+
+def run(*flags):
+    """(what is printed, what is written) by speed.py with these flags; both say the same."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        speed.main([*flags, "--results=results"])
+    file = Path("results", f"speed_{flags[0]}.md")
+    printed, written = out.getvalue(), file.read_text()
+    assert printed == f"{written}\n{file}\n"
+    assert max(len(line) for line in printed.splitlines() if line.startswith("|")) <= 80
+    assert written.startswith(f"# speed: {flags[0]}\n\n- command: `python experiments/speed.py {flags[0]} ")
+    assert f"CPU threads: {torch.get_num_threads()}, torch {torch.__version__}" in written
+    return written
+
+
+def rows(text):
+    """{name: [cells]} of each table in Markdown, as a list."""
+    tables = re.findall(r"^\| +\|.+\n\|[ |:-]+\n((?:\|.+\n)+)", text, re.M)
+    cells = ([[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+             for table in tables)
+    return [{name: rest for name, *rest in table} for table in cells]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Turns and verdicts
+
+
+@pytest.mark.parametrize("warm", [1, 3])
+def test_candidates_take_turns_after_a_warm_up_that_does_not_count(warm, monkeypatch):
+    monkeypatch.setattr(speed, "WARM_UP", warm)
+    called = []
+    times = speed.alternate({"a": lambda: called.append("a"), "b": lambda: called.append("b")}, 3, 0)
+    assert called == ["a"] * warm + ["b"] * warm + ["a", "b"] * 3
+    assert [len(mine) for mine in times.values()] == [3, 3]
+
+
+def test_a_turn_is_as_many_calls_as_fill_its_time_and_a_time_is_that_of_one_call():
+    called = []
+    times = speed.alternate({"nap": lambda: (called.append(0), time.sleep(0.01))}, 2, 0.1)
+    assert 4 <= (len(called) - speed.WARM_UP) / 2 <= 10  # a loaded machine oversleeps
+    assert all(10 <= t < 100 for t in times["nap"])
+
+
+def test_the_clock_waits_for_an_accelerator_before_and_after_a_turn(monkeypatch):
+    done = []
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: done.append("wait"))
+    speed.alternate({"a": lambda: done.append("call")}, 2, 0)
+    assert done == ["wait", "call", "wait"] * 3  # one to warm up, and two rounds
+
+
+def test_a_planted_sleep_is_slower_and_equal_candidates_are_noise():
+    naps = {"base": 0.002, "equal": 0.002, "longer": 0.05}
+    times = speed.alternate({name: lambda nap=nap: time.sleep(nap) for name, nap in naps.items()}, 15, 0)
+    table, = rows(speed.ratio_table("ms", times))
+    assert table["base"][-1] == "base" and table["equal"][-1] == "noise" and table["longer"][-1] == "slower"
+    assert 2 < float(table["longer"][2]) <= 25
+
+
+@pytest.mark.parametrize("x, text", [
+    (0.01234, "0.01234"), (0.5, "0.5000"), (1, "1.000"), (999.4, "999.4"), (999.6, "1,000"),
+    (99_999, "99,999"), (99_999.9, "100.0k"), (999_900, "999.9k"), (999_960, "1.000M"), (1.5e9, "1500.M"),
+    (math.inf, "inf")])
+def test_numbers_are_short(x, text):
+    assert speed.number(x) == text and len(text) <= 7
+
+
+@pytest.mark.parametrize("unit, ratios, word", [
+    ("ms", [1.1, 1.2], "slower"), ("ms", [0.9, 0.8], "faster"), ("tokens/s", [1.1, 1.2], "faster"),
+    ("tokens/s", [0.9, 0.8], "slower"), ("peak MB", [0.9, 0.8], "less"), ("peak MB", [1.1, 1.2], "more"),
+    ("ms", [1.5, 0.99, 1.6], "noise"), ("ms", [2.0], "noise"), ("s", [math.inf, math.inf], "slower")])
+def test_a_difference_is_noise_unless_all_rounds_agree_on_its_side(unit, ratios, word):
+    assert speed.verdict(ratios, unit) == word
+
+
+def test_ratios_are_formed_within_a_round():
+    # The machine slows down fivefold on the way, and b takes a tenth more all the time.
+    values = {"a": [1.0, 2.0, 5.0], "b": [1.1, 2.2, 5.5], "c": [0.55, 1.1, 2.75]}
+    table, = rows(speed.ratio_table("ms", values, {"a": "a", "b": "a", "c": "b"}))
+    assert table["b"] == ["2.200", "1.100-5.500", "1.100", "1.100-1.100", "slower"]
+    assert table["c"] == ["1.100", "0.5500-2.750", "0.5000", "0.5000-0.5000", "faster"]
+
+
+def test_rates_are_tokens_a_second():
+    assert speed.rates({"a": [500.0, 2000.0]}, {"a": 100}) == {"a": [200.0, 50.0]}
+
+
+def test_the_fit_finds_the_exponent_that_was_planted():
+    x = [16, 32, 64, 128]
+    assert speed.exponent(x, [3 * v**1.7 for v in x]) == pytest.approx(1.7)
+    y = [5.0, 3.0, 40.0, 44.0]
+    assert speed.exponent(x, y) == pytest.approx(np.polyfit(np.log(x), np.log(y), 1)[0])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The tables
+
+
+def test_training_is_timed_with_and_without_the_gate_and_nanogpt_beside_it(here, clone):
+    text = run("train", *TINY, f"--nanogpt={clone}")
+    table, = rows(text)
+    assert list(table) == ["nanoGPT", "none adamw", "g1 adamw", "none muon", "g1 muon"]
+    assert table["nanoGPT"][-1] == "base" and f"nanoGPT {257 * 257:,}" in text
+    model = sys.modules["nanogpt_model"].GPT
+    tokens = prepare.load("tiny")[1]["train"].tolist()
+    windows = {tuple(tokens[i : i + 17]) for i in range(len(tokens) - 16)}
+    assert len(model.batches) == speed.WARM_UP + 1
+    for idx, targets in model.batches:  # two windows each, the targets one token on
+        assert all((x[0], *y) in windows and x[1:] == y[:-1] for x, y in zip(idx.tolist(), targets.tolist()))
+        assert idx.shape == targets.shape == (2, 16)
+
+
+def test_each_training_step_has_a_batch_of_its_own(here):
+    run = speed.open_run(dict(n_layer=1, n_head=2, n_embd=16, block_size=16, batch_size=2, data="tiny"))
+    before, step = run.model.embed.weight.clone(), speed.step_of(run)
+    step()
+    step()
+    assert run.state["step"] == 2 and not torch.equal(before, run.model.embed.weight)
+
+
+def test_nothing_that_a_training_table_makes_stays_behind(here):
+    before = sorted(here.rglob("*"))
+    run("scaling", *TINY)
+    assert sorted(set(here.rglob("*")) - set(before)) == [here / "results", here / "results/speed_scaling.md"]
+
+
+def test_scaling_sweeps_each_size_alone_and_fits_it(here, monkeypatch):
+    opened, open_run = [], speed.open_run
+    monkeypatch.setattr(speed, "open_run", lambda values: opened.append(open_run(values)) or opened[-1])
+    text = run("scaling", *TINY, "--rounds=2", "--batch_size=4")
+    sizes = [(one.model.config.block_size, one.model.config.n_embd, one.c.batch_size) for one in opened]
+    assert sizes == ([(T, 32, 4) for T in (4, 8, 16, 32, 64)] + [(16, C, 4) for C in (8, 16, 32, 64, 128)]
+                     + [(16, 32, B) for B in (1, 2, 4, 8, 16)])
+    assert [list(table) for table in rows(text)] == [
+        ["T=4", "T=8", "T=16", "T=32", "T=64"], ["C=8", "C=16", "C=32", "C=64", "C=128"],
+        ["B=1", "B=2", "B=4", "B=8", "B=16"]]
+    fits = re.findall(r"grows as ([TCB])\^(-?[\d.]+) \((-?[\d.]+) to (-?[\d.]+) over the rounds\): .*1 where",
+                      text)
+    assert [letter for letter, *_ in fits] == ["T", "C", "B"]
+    assert all(float(low) <= float(middle) <= float(high) for _, middle, low, high in fits)
+
+
+def test_every_variant_has_a_forward_a_step_and_a_decoding_time(here):
+    text = run("gate", *TINY, "--n_head=4", "--n_kv_head=2")
+    for title, table in zip(("Forward", "Training step", "Decoding 15 tokens"), rows(text), strict=True):
+        assert f"\n{title}" in text and list(table) == list(VARIANTS)
+        assert {name for name, cells in table.items() if cells[-1] == "base"} == {"none", "moe"}
+
+
+def test_more_models_than_dynamo_keeps_by_default_are_all_compiled(here, monkeypatch):
+    graphs, real = [], torch.compile
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda model: real(model, backend=backend))
+    assert ", compiled: " in run("gate", *TINY, "--variants=none,g1,g2,g3,g5", "--compile")
+    assert len(graphs) == 2 * 5 > torch._dynamo.config.recompile_limit  # training and evaluation, none twice
+
+
+def test_a_model_that_cannot_be_compiled_is_not_passed_off_as_compiled(here, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda model: 1 / 0)
+    with pytest.raises(ValueError, match="gate none can't be compiled here.*--no-compile"):
+        run("train", *TINY, "--compile")
+
+
+def test_measuring_needs_hardly_more_memory_than_a_plain_forward(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    peaks, times = rows(run("measure", *ONCE, "--n_head=2", "--block_size=2048"))
+    plain, measured = (float(peaks[name][0]) for name in ("plain forward", "measure"))
+    logits = 2048 * 2048 * 4 / 1e6  # MB, of T x V floats
+    assert logits <= plain < 2 * logits and measured < 1.5 * plain
+    assert list(times) == list(peaks)
+
+
+def test_sampling_is_timed_for_one_text_and_for_many_and_so_is_the_start(tmp_path, clone, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = run("sample", *ONCE, "--n_head=2", "--tokens=12", "--positions=3", f"--nanogpt={clone}")
+    table, start = rows(text)
+    assert list(table) == ["nanoGPT x 1", "ours x 1", "nanoGPT x 16", "ours x 16"]
+    assert [cells[-1] == "base" for cells in table.values()] == [True, False, True, False]
+    assert list(start) == ["import torch", "sample.py"]
+    assert float(start["sample.py"][0].replace(",", "")) > 100  # ms: it did import torch
+    # In warm-up and in one round, contexts in the middles of the three thirds of 1 to 12 tokens.
+    lengths = [(batch, t) for batch in (1, 16) for _ in "wr" for t in (3, 7, 11)]
+    assert sys.modules["nanogpt_model"].GPT.lengths == lengths
+
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Time to a loss
+
+
+def script(folder, *lines):
+    """A Python file that prints these lines, and takes a moment after each."""
+    file = Path(folder, "script.py")
+    file.write_text("import sys, time\n" + "".join(f"print({line!r}); time.sleep(0.2)\n" for line in lines))
+    return file
+
+
+def test_the_clock_is_read_when_the_loss_is_printed(tmp_path):
+    file = script(tmp_path, "step 0: train loss 4.0, val loss 4.1", "iter 1: loss 1.0",
+                  "step 5: train loss 1.9, val loss 2.0", "step 9: train loss 1.9, val loss 2.2")
+    reached, took, last = speed.watch([str(file)], tmp_path, speed.LOSSES["nanoGPT"], 2.0)
+    assert 0.4 <= reached <= took - 0.4 and last == 2.2  # after two naps, and before two more
+    reached, took, last = speed.watch([str(file)], tmp_path, speed.LOSSES["nanoGPT"], 1.9)
+    assert reached == math.inf and took >= 0.8 and last == 2.2
+
+
+def test_a_command_that_fails_ends_the_table_with_its_last_words(tmp_path):
+    file = script(tmp_path, "step 0: train loss 4.0, val loss 4.1")
+    file.write_text(file.read_text() + "sys.exit('no such luck')")
+    with pytest.raises(ValueError, match="script.py.*ended with status 1: no such luck"):
+        speed.watch([str(file)], tmp_path, speed.LOSSES["nanoGPT"], 2.0)
+
+
+def test_the_loss_counted_nanogpts_way_leaves_out_each_windows_first_token():
+    torch.manual_seed(0)
+    model, val = GPT(GPTConfig(vocab_size=20, n_layer=1, n_head=2, n_embd=16, block_size=6)), np.arange(19)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(50)  # so that tokens differ in how likely they are
+        losses = []
+        for start in np.linspace(0, 13, 256).astype(int):
+            window = [19, *val[start : start + 6].tolist()]
+            for t in range(1, 6):
+                logits = model(torch.tensor([window[: t + 1]]))[0][0, -1]
+                losses.append(-logits.log_softmax(-1)[window[t + 1]].item())
+    assert speed.later_loss(model, {"bos": 19}, {"val": val}) == pytest.approx(np.mean(losses), rel=1e-4)
+
+
+def test_two_trainings_race_to_a_loss(tmp_path, clone, data_root, use_data, monkeypatch):
+    for file in (*ROOT.glob("*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("data/*.tiktoken")):
+        (tmp_path / file.relative_to(ROOT)).parent.mkdir(exist_ok=True)
+        shutil.copy(file, tmp_path / file.relative_to(ROOT))
+    shutil.copytree(data_root / "tiny", tmp_path / "data/shakespeare")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(speed, "ROOT", tmp_path)
+    use_data(tmp_path / "data")
+    recipe = ("--n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 --eval_windows=8 "
+              "--learning_rate=3e-2 --warmup_steps=0 --max_steps=30 --eval_every=10 --no-attn_share")
+    text = run("to_loss", f"--nanogpt={clone}", f"--recipe={recipe}", "--target=4.5", "--seeds=1")
+    until, whole = rows(text)
+    assert until["nanoGPT"][-1] == whole["nanoGPT"][-1] == "base"
+    assert 0 < float(until["nanoGPT"][0]) <= float(whole["nanoGPT"][0])
+    assert 0 < float(until["ours"][0]) < float(whole["ours"][0])  # there before its sample is printed
+    assert "\n- nanoGPT: 2.1000\n" in text
+    ours, its_way = (float(re.search(rf"\n- {name}: ([\d.]+)\n", text)[1])
+                     for name in ("ours", "ours, from token 2 on"))
+    assert 0 < its_way < ours < 4.5
+    assert f"--data=shakespeare {recipe}" in text and speed.THEIRS in text
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["train", "--rounds=0"], "rounds=0 must be at least 1"),
+    (["sample", "--seconds=nan"], "seconds=nan must be at least 0"),
+    (["gate", "--data=tiny", "--variants=g1,g9"], "'g9' is none of none, kv-heads"),
+    (["train", "--data=tiny", "--nanogpt=nowhere"], "nanogpt=nowhere holds no model.py of nanoGPT"),
+    (["train", "--data=nothing"], "there is no data set 'nothing'"),
+    (["scaling", "--data=tiny", "--block_size=16", "--n_embd=8"], "n_embd=2 is not divisible by n_head=4"),
+    (["to_loss"], "there is no data set 'shakespeare'")])
+def test_mistakes_are_told_in_one_sentence(here, flags, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        run(*flags)
+
+
+def test_a_race_needs_nanogpts_prepared_data(here, clone, data_root, tmp_path_factory, use_data):
+    root = tmp_path_factory.mktemp("data")
+    shutil.copytree(data_root / "tiny", root / "shakespeare")
+    use_data(root)
+    (clone / "data/shakespeare_char/train.bin").unlink()
+    with pytest.raises(ValueError, match="has no data/shakespeare_char/train.bin: .*prepare.py has run"):
+        run("to_loss", f"--nanogpt={clone}")
+
+
+def test_the_sizes_beside_nanogpt_are_those_of_its_command_for_a_cpu():
+    config, c = train.make_configs(speed.TABLES["train"].sizes)
+    said = dict(flag.removeprefix("--").split("=") for flag in speed.THEIRS.split()[1:])
+    for name in ("block_size", "batch_size", "n_layer", "n_head", "n_embd", "dropout"):
+        assert float(said[name]) == getattr(config, name, None) or float(said[name]) == getattr(c, name, None)
