@@ -74,7 +74,7 @@ class TrainConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products; weights stay float32
     compile: bool | None = None  # torch.compile; default on CUDA only
-    threads: int | None = None  # CPU threads; by default as torch sees fit
+    threads: int | None = None  # CPU threads; by default one for each core that is idle at the start
     shard: bool = False  # under torchrun: spread weights and optimizer over the GPUs (FSDP), for large models
 
     def __post_init__(self):
@@ -120,6 +120,24 @@ def choose_device(name):
     if torch.backends.mps.is_available():
         return torch.device("mps"), "no CUDA here, but an Apple GPU"
     return torch.device("cpu"), "neither CUDA nor an Apple GPU here"
+
+
+def choose_threads(threads):
+    """CPU threads: as asked, else a thread for each core that is idle right now, as far as Linux tells.
+
+    Two runs of two threads on two cores are many times slower than two of one: each waits for the other.
+    """
+    def clock():
+        with open("/proc/stat") as file:
+            ticks = [int(ticks) for ticks in file.readline().split()[1:]]
+        return ticks[3], sum(ticks)  # idle, all
+
+    if threads or "OMP_NUM_THREADS" in os.environ or not os.path.exists("/proc/stat"):
+        return threads or torch.get_num_threads()
+    idle, every = clock()
+    time.sleep(0.1)
+    idle, every = (after - before for after, before in zip(clock(), (idle, every)))
+    return max(1, min(torch.get_num_threads(), round(os.cpu_count() * idle / max(1, every))))
 
 
 def choose_dtype(name, device):
@@ -402,13 +420,13 @@ class Run:
 
     def __init__(self, config, c, say):
         self.rank, self.ranks = rank_and_ranks()
+        c = dataclasses.replace(c, threads=choose_threads(c.threads))  # a resumed run takes as many again
+        torch.set_num_threads(c.threads)
         self.c, self.say = c, say if self.rank == 0 else lambda text: None
         self.windows, self.forwards = shares(c.batch_size, c.grad_accum, self.ranks)
         if c.shard and self.ranks == 1:
             raise ValueError("shard=True spreads a model over several processes, and this is one: start with "
                              "torchrun --standalone --nproc_per_node=N train.py ..., or leave --shard out")
-        if c.threads:
-            torch.set_num_threads(c.threads)
         self.device, why_device = choose_device(c.device)
         dtype, why_dtype = choose_dtype(c.dtype, self.device)
         self.precision = torch.autocast(self.device.type, dtype) if dtype != torch.float32 else nullcontext()
@@ -449,7 +467,7 @@ class Run:
         flops = flops_per_token(config, self.model.num_params())
         self.full_speed = self.ranks * peak / flops if peak else math.nan  # tokens/s
         self.shown = cells(config, c, known_peak=bool(peak))
-        self.describe(device=f"{self.device}, {torch.get_num_threads()} CPU threads ({why_device})",
+        self.describe(device=f"{self.device}, {c.threads} of {os.cpu_count()} CPU threads ({why_device})",
                       dtype=f"{str(dtype).removeprefix('torch.')} ({why_dtype})", compile=why_compile)
 
     def start(self, config):

@@ -1,6 +1,7 @@
 """Claims about train.py: what a run depends on, how it stops and goes on, and what it says is wrong."""
 import csv
 import dataclasses
+import io
 import itertools
 import json
 import math
@@ -696,7 +697,7 @@ def test_ctrl_c_saves_the_step_it_stopped_at_whatever_is_kept():
 def test_a_folder_belongs_to_one_run_until_it_ends():
     def second():
         for choice in (dict(overwrite=True), dict(resume=True)):
-            with pytest.raises(ValueError, match="run belongs to a run that is still going on: .* another --out"):
+            with pytest.raises(ValueError, match="run belongs to a run that is still going on"):
                 fit(out="run", max_steps=20, **choice)
 
     fit(out="run", max_steps=2, eval_every=1)
@@ -1057,3 +1058,19 @@ def test_a_mistake_ends_the_process_with_one_sentence_and_status_2(project):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 2 and err.startswith("train.py: ") and len(err.splitlines()) == 1
     assert "python data/prepare.py" in err
+
+
+@pytest.mark.parametrize("idle, threads", [(0, 1), (30, 3), (100, 8)], ids=["busy", "a third", "quiet"])
+def test_a_run_takes_the_cores_that_are_idle(monkeypatch, idle, threads):
+    """On 10 cores, of which torch would take 8; /proc/stat counts ticks of work, of nothing, and so on."""
+    stat = iter([f"cpu {5 + work} 0 5 {1000 + rest} 0 0\ncpu0 1 1 1 1\n"
+                 for work, rest in ((0, 0), (100 - idle, idle))])
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(os, "cpu_count", lambda: 10)
+    monkeypatch.setattr(os.path, "exists", lambda path: True)
+    monkeypatch.setattr(train, "open", lambda path: io.StringIO(next(stat)), raising=False)
+    assert train.choose_threads(None) == threads
+    assert train.choose_threads(5) == 5
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    assert train.choose_threads(None) == 8
