@@ -391,7 +391,7 @@ def pictures(results, tokenizer):
             runs.setdefault(name, []).append(run)
 
     def over_seeds(name, get):
-        return [round(mean(values), 4) for values in zip(*map(get, runs[name]))]
+        return [round(mean(values), 6) for values in zip(*map(get, runs[name]))]
 
     def per_layer(name, column):
         return over_seeds(name, lambda run: [layer[column] for layer in run["log"][-1]["layers"]])

@@ -77,4 +77,4 @@ def test_the_results_table_says_what_was_recorded():
         assert shares.split(" / ") == [f"{float(share):.3f}" for share in row["share_by_seed"].split()]
         assert gate == (f"{float(row['gate_score']):.3f}" if row["gate_score"] != "nan" else "-")
         assert activation == f"{float(row['max_activation']):.1f}"
-        assert paper == f"{float(row['paper_share']):.3f}"
+        assert paper == (f"{float(row['paper_share']):.3f}" if row["paper_share"] != "nan" else "-")
