@@ -334,14 +334,14 @@ class Block(nn.Module):
 
 
 class KVCache:
-    """Keys and values of all layers for up to `length` tokens, allocated once and filled as the text grows.
+    """Keys and values of all layers, allocated once for `length` tokens and filled as the text grows.
 
     `positions` (T,) says where in the window the tokens of the coming forward stand; GPT.stream moves it.
     """
 
-    def __init__(self, model, batch, length):
+    def __init__(self, model, batch, length=None):
         c = model.config
-        size = (2, c.n_layer, batch, length, c.n_kv_head, c.head_dim)
+        size = (2, c.n_layer, batch, length or c.block_size, c.n_kv_head, c.head_dim)
         self.k, self.v = model.embed.weight.new_zeros(size)  # each (n_layer, B, length, nkv, hs)
         self.positions = None
 
@@ -386,12 +386,23 @@ class GPT(nn.Module):
         changes no number in the matrices that both models have. Vectors stay: norms 1, a constant gate's 0.
         """
         for name, p in self.named_parameters():
-            if p.dim() < 2 or p.is_meta:  # meta: a model without numbers, which load_released fills
+            if p.dim() < 2 or p.is_meta:  # meta: see with_weights
                 continue
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
             to_residual = "o_proj" in name or "down_proj" in name
             std = 0.02 / math.sqrt(2 * self.config.n_layer) if to_residual else 0.02
             p.copy_(torch.randn(p.shape, generator=generator) * std)
+
+    @classmethod
+    def with_weights(cls, config, weights):
+        """A model whose parameters are these tensors, {name: tensor}: nothing is drawn, nothing copied."""
+        with torch.device("meta"):  # names and shapes, no numbers
+            model = cls(config)
+        model.load_state_dict({"lm_head.weight": weights["embed.weight"], **weights}, assign=True)
+        if config.tie_embeddings:
+            model.lm_head.weight = model.embed.weight
+        model.cos, model.sin = rope_table(config)
+        return model
 
     def num_params(self):
         """Number of parameters, a tied head counted once."""
@@ -710,17 +721,6 @@ def released_files(folder):
     return tensors
 
 
-def with_weights(config, weights):
-    """A model whose parameters are these tensors, {our name: tensor}: nothing is drawn, nothing copied."""
-    with torch.device("meta"):
-        model = GPT(config)
-    model.load_state_dict({"lm_head.weight": weights["embed.weight"], **weights}, assign=True)
-    if config.tie_embeddings:
-        model.lm_head.weight = model.embed.weight
-    model.cos, model.sin = rope_table(config)
-    return model
-
-
 def load_released(folder, block_size=None, dtype=None):
     """The model in a released folder, on the CPU. ValueError says which tensors do not fit its config.json.
 
@@ -730,7 +730,7 @@ def load_released(folder, block_size=None, dtype=None):
     config, tensors = released_config(folder), released_files(folder)
     config = dataclasses.replace(config, block_size=block_size or config.block_size)
     with torch.device("meta"):
-        model = GPT(config)  # names and shapes, no numbers
+        model = GPT(config)
     expected, wrong = released_tensors(model), []
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
     if config.tie_embeddings and {head, embedding} <= tensors.keys():  # some programs write a tied head, too
@@ -753,7 +753,7 @@ def load_released(folder, block_size=None, dtype=None):
         if name.endswith("q_proj.weight") and config.gate != "none":
             weights[name], weights[name.replace("q_proj", "gate.gate_proj")] = split_queries(
                 weights[name], config.n_kv_head, config.n_head * config.head_dim)
-    return with_weights(config, weights)
+    return GPT.with_weights(config, weights)
 
 
 def save_released(model, folder):

@@ -546,7 +546,7 @@ def test_without_experts_the_model_is_the_dense_one():
 @every_variant
 def test_cached_logits_equal_uncached_ones(variant, chunks):
     model, idx = lively(tiny(**variant)), tokens(2, 8)
-    cache, start = KVCache(model, 2, model.config.block_size), 0
+    cache, start = KVCache(model, 2), 0
     with torch.no_grad():
         expected = model(idx)[0]
         for size in chunks:
