@@ -386,7 +386,7 @@ class GPT(nn.Module):
         changes no number in the matrices that both models have. Vectors stay: norms 1, a constant gate's 0.
         """
         for name, p in self.named_parameters():
-            if p.dim() < 2 or p.is_meta:  # meta: see with_weights
+            if p.dim() < 2:
                 continue
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
             to_residual = "o_proj" in name or "down_proj" in name
