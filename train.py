@@ -45,7 +45,7 @@ class TrainConfig:
     out: str | None = None  # folder of the run; default out/<data>-<gate variant>, numbered if taken
     resume: bool = False  # go on with the run in --out (default: the newest one) where its checkpoint stands
     overwrite: bool = False  # if --out holds a run already, replace it
-    init_from: str | None = None  # start from the weights of a checkpoint, a run or a released model's folder
+    init_from: str | None = None  # a checkpoint, run or released model's folder to start from; default random
     keep: Literal["best", "last", "both"] = "both"  # which checkpoints: lowest val loss, latest, or both
     seed: int = 0  # of weights, batches and dropout
     # --- optimisation ---
