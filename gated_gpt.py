@@ -715,7 +715,10 @@ def released_files(folder):
             path = Path(folder, "model.safetensors.index.json")
             names = sorted(set(json.loads(path.read_bytes())["weight_map"].values()))
         for path in [Path(folder, Path(name).name) for name in names]:
-            tensors |= load_file(path)
+            shard = load_file(path)
+            if twice := shard.keys() & tensors.keys():
+                raise ValueError(f"{min(twice)} is in another shard, too")
+            tensors |= shard
     except Exception as error:  # safetensors and JSON raise what the bytes lead them to
         raise ValueError(f"{path} can't be read ({error}): download it again") from None
     return tensors

@@ -54,7 +54,7 @@ def open_model(path, dtype=None):
     On the CPU, the weights in `dtype`, by default as they are stored. A released model has no BOS.
     """
     path = Path(path)
-    if (path / "config.json").exists():
+    if any(path.glob("config.json")) or any(path.glob("*.safetensors")):
         model = GPT.from_pretrained(path, dtype=dtype)
         return model, str(path.resolve()), None, f"{path}: gate {model.config.variant}, a released model"
     path = checkpoint_in(path, prefer="best") if path.is_dir() else path

@@ -94,7 +94,10 @@ def token_bytes(tokenizer):
 
 def same_tokenizer(a, b):
     """Whether two names mean the same tokens, as the folders of two released models may do."""
-    return a == b or get_tokenizer(a).__getstate__() == get_tokenizer(b).__getstate__()
+    def content(name):
+        return type(get_tokenizer(name)), get_tokenizer(name).__getstate__()
+
+    return a == b or content(a) == content(b)
 
 
 # --- tokenizers of released models: byte-level BPE in Hugging Face's files ----------------------------------
