@@ -10,7 +10,8 @@ Multiply what attention returns by a gate that looks at the current token,
 and a head can close instead. The sink goes, and in the paper the model gets better, too.
 
 Reading order: GPTConfig -> Gate -> Attention.forward, where all five places of a gate stand on one screen ->
-Block -> GPT -> measure, which reads the sink from outside, through hooks.
+Block -> GPT -> measure, which reads the sink from outside, through hooks. At the end: checkpoints, and the
+models that the paper's authors released.
 
 Names, in the shapes below and in the paper:
     B, T   batch, time (tokens in a window)      C    channels, n_embd (the paper's d_model)
@@ -24,6 +25,7 @@ Names, in the shapes below and in the paper:
     G2, G3, G4   gates on the values, keys, queries;  G5   gate on the output of o_proj
 """
 import dataclasses
+import json
 import math
 import os
 import zipfile
@@ -31,6 +33,7 @@ import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 import torch
@@ -332,15 +335,15 @@ class Block(nn.Module):
 
 
 class KVCache:
-    """Keys and values of all layers for up to block_size tokens, allocated once and filled as the text grows.
+    """Keys and values of all layers, allocated once for `length` tokens and filled as the text grows.
 
     `positions` (T,) says where in the window the tokens of the coming forward stand; GPT.stream moves it.
     """
 
-    def __init__(self, model, batch):
+    def __init__(self, model, batch, length=None):
         c = model.config
-        size = (2, c.n_layer, batch, c.block_size, c.n_kv_head, c.head_dim)
-        self.k, self.v = model.embed.weight.new_zeros(size)  # each (n_layer, B, block_size, nkv, hs)
+        size = (2, c.n_layer, batch, length or c.block_size, c.n_kv_head, c.head_dim)
+        self.k, self.v = model.embed.weight.new_zeros(size)  # each (n_layer, B, length, nkv, hs)
         self.positions = None
 
     def extend(self, layer, k, v):
@@ -391,6 +394,17 @@ class GPT(nn.Module):
             std = 0.02 / math.sqrt(2 * self.config.n_layer) if to_residual else 0.02
             p.copy_(torch.randn(p.shape, generator=generator) * std)
 
+    @classmethod
+    def with_weights(cls, config, weights):
+        """A model whose parameters are these tensors, {name: tensor}: nothing is drawn, nothing copied."""
+        with torch.device("meta"):  # names and shapes, no numbers
+            model = cls(config)
+        model.load_state_dict({"lm_head.weight": weights["embed.weight"], **weights}, assign=True)
+        if config.tie_embeddings:
+            model.lm_head.weight = model.embed.weight
+        model.cos, model.sin = rope_table(config)
+        return model
+
     def num_params(self):
         """Number of parameters, a tied head counted once."""
         return sum(p.numel() for p in self.parameters())
@@ -424,15 +438,17 @@ class GPT(nn.Module):
 
         Each new token costs one forward of one token. A window that is full starts again with BOS and its
         last half: BOS stays in front, and the logits are always those of a plain forward over the window.
+        A released model has no BOS, so there this is the first token of the prompt.
         """
         if idx.size(1) < 1 or temperature < 0 or (top_k is not None and top_k < 1):
             raise ValueError(f"{idx.size(1)} tokens, temperature={temperature}, top_k={top_k}: it takes BOS "
                              "in front, a temperature of at least 0, and a top_k of at least 1, or None")
-        cache, half = KVCache(self, idx.size(0)), self.config.block_size // 2
+        room, half = self.config.block_size, self.config.block_size // 2
+        cache = KVCache(self, idx.size(0), min(room, idx.size(1) + n))
         new = window = idx  # new: what the cache has not seen yet
         with evaluating(self):
             for _ in range(n):
-                if window.size(1) > self.config.block_size:
+                if window.size(1) > room:
                     new = window = torch.cat((window[:, :1], window[:, -half:]), dim=1)
                 seen, t = window.size(1) - new.size(1), window.size(1)
                 cache.positions = torch.arange(seen, t, device=idx.device)
@@ -445,6 +461,15 @@ class GPT(nn.Module):
         """Tokens idx (B, t) continued by n sampled ones: (B, t + n). See stream."""
         new = list(self.stream(idx, n, temperature, top_k, generator))
         return torch.cat((idx, torch.stack(new, dim=1)), dim=1) if new else idx
+
+    @staticmethod
+    def from_pretrained(folder, block_size=None, dtype=None):
+        """The released model in `folder`, its layout as well as its options: see load_released."""
+        return load_released(folder, block_size, dtype)
+
+    def save_pretrained(self, folder):
+        """Write the model to `folder` in the layout of the released ones: see save_released."""
+        save_released(self, folder)
 
 
 def sample(logits, temperature, top_k, generator):
@@ -506,7 +531,7 @@ def measure(model, idx):
         row["late_first_token_share"] = share[:, -(-idx.size(1) // 4) :].mean().item()
 
     def on_gate(row, gate, inputs, output):
-        score = gate.score(inputs[1])
+        score = gate.score(inputs[1]).float()
         row["gate_score"], row["gate_closed"] = score.mean().item(), (score < 0.1).float().mean().item()
 
     def on_router(row, router, inputs, output):
@@ -558,27 +583,35 @@ def is_finite(model):
 def save_checkpoint(path, model, state):
     """Write the model, its config and `state` (plain values and tensors) to one file.
 
-    Written under another name and moved over: a kill at any moment leaves the old or the new file whole.
-    Raises OSError when it can't be written and FloatingPointError when weights are not finite; an older file
-    at `path` is then as it was.
+    A kill at any moment leaves the old or the new file whole. Raises OSError when it can't be written and
+    FloatingPointError when weights are not finite; an older file at `path` is then as it was.
     """
     if not is_finite(model):
         raise FloatingPointError(f"weights are no longer finite, so {path} is not written; an older "
                                  "checkpoint there is untouched")
     content = {"format": FORMAT, "config": dataclasses.asdict(model.config), "model": model.state_dict(),
                "state": state}
-    temporary = f"{path}.tmp"
+    write_whole({path: partial(torch.save, content)})
+
+
+def write_whole(writers):
+    """For each {path: writer} call writer(temporary path); when all are on disk, move them to their paths.
+
+    Raises OSError, and leaves what was there, when one can't be written.
+    """
     try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch wraps a full disk into a RuntimeError
-        raise OSError(f"cannot save {path}: {error}; an older checkpoint there is untouched") from error
+        for path, write in writers.items():
+            write(f"{path}.tmp")
+            with open(f"{path}.tmp", "rb+") as file:
+                os.fsync(file.fileno())
+        for path in writers:
+            os.replace(f"{path}.tmp", path)
+    except Exception as error:  # a full disk is not always an OSError to torch and safetensors
+        raise OSError(f"cannot save {path}: {error}; an older file there is untouched") from error
     finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+        for path in writers:
+            if os.path.exists(f"{path}.tmp"):
+                os.remove(f"{path}.tmp")
 
 
 def load_checkpoint(path, device="cpu"):
@@ -615,3 +648,151 @@ def load_checkpoint(path, device="cpu"):
         raise ValueError(f"{path} holds weights that are not finite, which train.py never saves: name "
                          "another one, or train again")
     return model.to(device), state
+
+
+# ----------------------------------------------------------------------------------------------------
+# The released models: folders with config.json and safetensors, in the names of Hugging Face's Qwen3
+
+RELEASED_CONFIG = {  # our field: their key in config.json
+    "vocab_size": "vocab_size", "block_size": "max_position_embeddings", "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size",
+    "head_dim": "head_dim", "mlp_hidden": "intermediate_size", "rope_base": "rope_theta",
+    "qk_norm": "use_qk_norm", "norm_eps": "rms_norm_eps", "tie_embeddings": "tie_word_embeddings"}
+RELEASED_FIXED = {"model_type": "qwen3", "hidden_act": "silu", "use_sliding_window": False,  # or not there
+                  "rope_scaling": None, "rope_parameters": None, "quantization_config": None}
+GATE_FLAGS = "headwise_attn_output_gate", "elementwise_attn_output_gate"
+RELEASED_GATES = {"none": (False, False), "g1": (False, True), "g1-headwise": (True, False)}
+RELEASED_PARTS = {  # a part of our parameters' names: theirs, where it is another
+    "embed": "model.embed_tokens", "blocks": "model.layers", "attn_norm": "input_layernorm",
+    "attn": "self_attn", "mlp_norm": "post_attention_layernorm", "norm": "model.norm"}
+
+
+def released_name(name):
+    """blocks.0.attn_norm.weight -> model.layers.0.input_layernorm.weight"""
+    return ".".join(RELEASED_PARTS.get(part, part) for part in name.split("."))
+
+
+def join_queries(queries, gate, nkv):
+    """The fused q_proj: for each of the nkv key/value heads the rows of its queries, then of their gates."""
+    return torch.cat([w.unflatten(0, (nkv, -1)) for w in (queries, gate)], dim=1).flatten(0, 1)
+
+
+def split_queries(fused, nkv, rows):
+    """The way back: (`rows` rows of queries, the rows of their gates)."""
+    groups = fused.unflatten(0, (nkv, -1))  # (nkv, rows that belong to one key/value head, C)
+    return groups[:, : rows // nkv].flatten(0, 1), groups[:, rows // nkv :].flatten(0, 1)
+
+
+def released_tensors(model):
+    """{their name: tensor} of a model; a tied head is there once, as the embedding."""
+    own, nkv = dict(model.named_parameters()), model.config.n_kv_head
+    gate = {name.replace("gate.gate_proj", "q_proj"): p for name, p in own.items() if ".attn.gate." in name}
+    return {released_name(name): join_queries(p, gate[name], nkv) if name in gate else p
+            for name, p in own.items() if ".attn.gate." not in name}
+
+
+def safetensors_package():
+    try:
+        import safetensors.torch  # asked for only here
+        return safetensors
+    except ImportError:
+        raise ValueError("the files of released models need safetensors: pip install safetensors") from None
+
+
+def released_config(folder):
+    """The GPTConfig of a released folder. ValueError names what config.json lacks or asks for in vain."""
+    path, types = Path(folder, "config.json"), {f.name: f.type for f in dataclasses.fields(GPTConfig)}
+    try:
+        asked = {"use_qk_norm": True, **dict.fromkeys(GATE_FLAGS, False), **json.loads(path.read_bytes())}
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} can't be read ({error}): name the folder of a released model") from None
+    gate = [name for name, flags in RELEASED_GATES.items() if flags == tuple(map(asked.get, GATE_FLAGS))]
+    wrong = [key for key, only in RELEASED_FIXED.items() if asked.get(key) not in (only, None)]
+    wrong += [key for name, key in RELEASED_CONFIG.items()
+              if not isinstance(asked.get(key, ""), float | int if types[name] is float else types[name])]
+    wrong += () if gate else GATE_FLAGS
+    try:
+        if wrong:
+            raise ValueError(", ".join(f"{k}={asked[k]!r}" if k in asked else f"no {k}" for k in wrong))
+        fields = {name: asked[key] for name, key in RELEASED_CONFIG.items()}
+        gate, _, kind = gate[0].partition("-")
+        return GPTConfig(**fields, gate=gate, gate_kind=kind or "elementwise")
+    except ValueError as error:
+        raise ValueError(f"{path} describes a model that gated_gpt.py can't make: {error}") from None
+
+
+def released_files(folder):
+    """{their name: tensor} of a folder's weights, in one file or in shards; mapped from disk, not read."""
+    load_file, path, tensors = safetensors_package().torch.load_file, Path(folder, "model.safetensors"), {}
+    names = [path.name]
+    try:
+        if not path.exists():
+            path = Path(folder, "model.safetensors.index.json")
+            names = sorted(set(json.loads(path.read_bytes())["weight_map"].values()))
+        for path in [Path(folder, Path(name).name) for name in names]:
+            shard = load_file(path)
+            if twice := shard.keys() & tensors.keys():
+                raise ValueError(f"{min(twice)} is in another shard, too")
+            tensors |= shard
+    except Exception as error:  # safetensors and JSON raise what the bytes lead them to
+        raise ValueError(f"{path} can't be read ({error}): download it again") from None
+    return tensors
+
+
+def load_released(folder, block_size=None, dtype=None):
+    """The model in a released folder, on the CPU. ValueError says which tensors do not fit its config.json.
+
+    block_size: another window than max_position_embeddings. dtype: torch.float32 or torch.bfloat16; by
+    default bfloat16 if that is what the files hold.
+    """
+    config, tensors = released_config(folder), released_files(folder)
+    config = dataclasses.replace(config, block_size=block_size or config.block_size)
+    with torch.device("meta"):
+        model = GPT(config)
+    expected, wrong = released_tensors(model), []
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if config.tie_embeddings and {head, embedding} <= tensors.keys():  # some programs write a tied head, too
+        if not torch.equal(tensors.pop(head), tensors[embedding]):
+            wrong.append(f"tie_word_embeddings=True, but {head} is not {embedding}")
+    wrong += [f"no {name}" for name in expected if name not in tensors]
+    wrong += [f"no place for {name}" for name in tensors if name not in expected]
+    wrong += [f"{name} {list(tensors[name].shape)}, not {list(p.shape)}" for name, p in expected.items()
+              if tensors.get(name, p).shape != p.shape]
+    wrong += [f"{name} in {t.dtype}" for name, t in tensors.items() if not t.is_floating_point()]
+    if wrong:
+        raise ValueError(f"{folder}: the weights do not fit config.json: " + ", ".join(wrong[:8])
+                         + f" and {len(wrong) - 8} more" * (len(wrong) > 8))
+    bf16 = all(t.dtype == torch.bfloat16 for t in tensors.values())
+    dtype = dtype or (torch.bfloat16 if bf16 else torch.float32)
+    weights = {}
+    for name, _ in model.named_parameters():
+        if ".attn.gate." not in name:  # a gate comes with its queries
+            weights[name] = tensors.pop(released_name(name)).to(dtype, copy=True)
+        if name.endswith("q_proj.weight") and config.gate != "none":
+            weights[name], weights[name.replace("q_proj", "gate.gate_proj")] = split_queries(
+                weights[name], config.n_kv_head, config.n_head * config.head_dim)
+    return GPT.with_weights(config, weights)
+
+
+def save_released(model, folder):
+    """Write config.json and model.safetensors, as load_released and the authors' code read them.
+
+    Raises ValueError for a model that the layout has no words for, OSError when it can't be written.
+    """
+    c, package, path = model.config, safetensors_package(), Path(folder, "config.json")
+    if c.variant not in RELEASED_GATES or c.norm != "pre" or c.n_expert:
+        raise ValueError(f"gate variant {c.variant}, norm={c.norm}, n_expert={c.n_expert}: the layout has "
+                         f"{', '.join(RELEASED_GATES)}, norm=pre and no experts only; use save_checkpoint")
+    says = {key: only for key, only in RELEASED_FIXED.items() if only is not None}
+    says |= {key: getattr(c, name) for name, key in RELEASED_CONFIG.items()}
+    says |= dict(zip(GATE_FLAGS, RELEASED_GATES[c.variant]), architectures=["Qwen3ForCausalLM"],
+                 qkv_bias=False, attention_bias=False, torch_dtype=str(model.embed.weight.dtype)[6:])
+    tensors = {name: p.detach().cpu().contiguous() for name, p in released_tensors(model).items()}
+
+    def write_config(temporary):
+        Path(temporary).write_text(json.dumps(says, indent=2) + "\n", encoding="utf-8")
+        path.unlink(missing_ok=True)  # a kill between the two moves leaves no config.json rather than the old
+
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    write_weights = partial(package.torch.save_file, tensors, metadata={"format": "pt"})
+    write_whole({Path(folder, "model.safetensors"): write_weights, path: write_config})

@@ -3,6 +3,9 @@ Text from a trained model:
 
     python sample.py                               the newest run, from its first token on
     python sample.py --prompt="def " --attn_share  and how much attention the first token gets
+    python sample.py --attn_share --text=FILE      the same on a text of yours, in long blocks
+
+--ckpt also takes the folder of a released model (config.json, model.safetensors, tokenizer.json).
 
 Also the home of what both command lines share: finding runs, the table per layer, ending without a traceback.
 """
@@ -14,12 +17,20 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from data import prepare
-from gated_gpt import attention_maps, load_checkpoint, measure, uniform_share
+from gated_gpt import GPT, attention_maps, load_checkpoint, measure, uniform_share
 
 SHORT = 512  # tokens; below this a first-token share says more about the length than about the model
+BLOCKS = 64  # of --text, at most
+TABLE_4 = {  # of the paper: gate score, M-Act (largest activation), F-Attn (first-token share)
+    "none": (math.nan, 1053, 0.467), "g1": (0.116, 94, 0.048), "g1-headwise": (0.172, 98, 0.073),
+    "g2": (0.221, 125, 0.297), "g1-shared": (0.271, 286, 0.301), "g1-no_input": (0.335, 471, 0.364),
+    "g1-ns_sigmoid": (0.653, 892, 0.451)}
+RELEASED = {  # the same of the released weights, as others read them on web text in blocks of 512 tokens
+    "none": (math.nan, math.nan, 0.43), "g1": (0.140, math.nan, 0.02), "g1-headwise": (0.257, math.nan, 0.05)}
 
 
 def newest_run(root="out"):
@@ -38,6 +49,24 @@ def checkpoint_in(run, prefer="last"):
     return next((file for file in files if file.stem == prefer), files[0])
 
 
+def open_model(path, dtype=None):
+    """(model, its tokenizer's name, its BOS or None, what it is) of a checkpoint, a run or a released model.
+
+    On the CPU, the weights in `dtype`, by default as they are stored. A released model has no BOS.
+    """
+    path = Path(path)
+    if any(path.glob("config.json")) or any(path.glob("*.safetensors")):
+        model = GPT.from_pretrained(path, dtype=dtype)
+        return model, str(path.resolve()), None, f"{path}: gate {model.config.variant}, a released model"
+    path = checkpoint_in(path, prefer="best") if path.is_dir() else path
+    model, state = load_checkpoint(path)
+    for p in model.parameters():
+        p.data = p.data.to(dtype or p.dtype)
+    title = (f"{path}: gate {model.config.variant}, step {state['step']}, data "
+             f"{state['train_config']['data']}")
+    return model, state["tokenizer"], prepare.bos_id(state["tokenizer"]), title
+
+
 def checked_device(name):
     """The torch.device of that name. ValueError if it is not there."""
     try:
@@ -49,8 +78,31 @@ def checked_device(name):
 
 
 def tokens_of(text, tokenizer, bos):
-    """BOS and the tokens of `text`: (1, t). What looks like a special token in the text is plain text."""
-    return torch.tensor([[bos, *tokenizer.encode_ordinary(text)]])
+    """BOS, if not None, and the tokens of `text`: (1, t). What looks like a special token is plain text."""
+    return torch.tensor([[bos, *tokenizer.encode_ordinary(text)][bos is None :]])
+
+
+def text_blocks(text, tokenizer, bos, T):
+    """At most BLOCKS blocks of T tokens, evenly spaced over the text, each after a BOS if there is one.
+
+    (N, T), or (1, t) with t < T of a short text. ValueError if it has fewer than two tokens.
+    """
+    tokens, first = np.array(tokenizer.encode_ordinary(text)), [] if bos is None else [bos]
+    if len(tokens) < 2:
+        raise ValueError(f"the text has {len(tokens)} tokens, too few for attention: take a longer one")
+    size = min(T - len(first), len(tokens))
+    count = len(tokens) // size
+    chosen = np.linspace(0, count - 1, min(count, BLOCKS)).astype(int)
+    return torch.tensor([[*first, *tokens[i * size : (i + 1) * size].tolist()] for i in chosen])
+
+
+def measure_blocks(model, blocks):
+    """measure's dicts for blocks (N, T): its means, and its maximum, over them all; one block at a time."""
+    def over_blocks(name, values):
+        return np.max(values) if name == "max_activation" else np.mean(values, axis=0)
+
+    layers = zip(*(measure(model, block[None]) for block in blocks))  # for each layer, a dict from each block
+    return [{name: over_blocks(name, [row[name] for row in rows]) for name in rows[0]} for rows in layers]
 
 
 def stream_text(tokens, tokenizer):
@@ -80,6 +132,19 @@ def layer_table(layers, T):
         rows.append(f"{i:>5}{layer['first_token_share']:>8.3f}{heads[most]:>11.3f} in {most:<2}"
                     f"{layer['late_first_token_share']:>10.3f}{layer['gate_score']:>8.3f}"
                     f"{layer['gate_closed']:>10.3f}{layer['max_activation']:>9.1f}".replace("nan", "  -"))
+    return "\n".join(rows)
+
+
+def means_table(layers, variant, N, T):
+    """Means over layers of what measure says, beside what others found for the same gate."""
+    here = [sum(layer[name] for layer in layers) / len(layers)
+            for name in ("gate_score", "max_activation", "first_token_share")]
+    rows = [f"{'means over layers':<48}{'F-Attn':>8}{'gate':>8}{'M-Act':>9}"]
+    for name, numbers in {f"here, {N} x {T} tokens": here, "paper, Table 4: 15A2B MoE": TABLE_4.get(variant),
+                          "released weights, by others: 512 of web text": RELEASED.get(variant)}.items():
+        if numbers:
+            score, activation, share = numbers
+            rows.append(f"{name:<48}{share:>8.3f}{score:>8.3f}{activation:>9.1f}".replace("nan", "  -"))
     return "\n".join(rows)
 
 
@@ -117,7 +182,8 @@ def parse_flags(argv=None):
                                      allow_abbrev=False,
                                      description=__doc__.partition("\nAlso")[0],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ckpt", help="a checkpoint, or the folder of a run [the newest run in out/]")
+    parser.add_argument("--ckpt", help="a checkpoint, or the folder of a run or a released model [the newest "
+                                       "run in out/]")
     parser.add_argument("--prompt", default="", help="text to go on from; -: from standard input [none]")
     parser.add_argument("--tokens", type=int, default=256, help="tokens to add [%(default)s]")
     parser.add_argument("--samples", type=int, default=1, help="texts, made side by side [%(default)s]")
@@ -125,13 +191,19 @@ def parse_flags(argv=None):
     parser.add_argument("--top_k", type=int, help="choose among the k likeliest tokens only [all]")
     parser.add_argument("--seed", type=int, default=0, help="of the random choices [%(default)s]")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps [%(default)s]")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+                        help="of the weights; auto: as they are stored [%(default)s]")
     parser.add_argument("--attn_share", action="store_true", help="measure first-token share on this text")
+    parser.add_argument("--text", metavar="FILE", help="with --attn_share: measure it on this text instead")
     parser.add_argument("--attn_map", metavar="FILE.png", help="draw the attention on this text")
     flags = parser.parse_args(argv)
     for name, least in (("tokens", 0), ("samples", 1), ("temperature", 0), ("top_k", 1), ("seed", 0)):
         value = getattr(flags, name)
         if value is not None and not least <= value < math.inf:
             raise ValueError(f"{name}={value} must be at least {least}")
+    if flags.text and (flags.prompt or not flags.attn_share):
+        raise ValueError(f"text={flags.text} is for --attn_share to measure, not for a prompt to go on: "
+                         "add --attn_share, leave out --prompt")
     return flags
 
 
@@ -158,31 +230,47 @@ def show(prompt, made, samples, tokenizer):
 
 def main(argv=None):
     flags = parse_flags(argv)
-    path = Path(flags.ckpt) if flags.ckpt else newest_run()
-    path = checkpoint_in(path, prefer="best") if path.is_dir() else path
-    model, state = load_checkpoint(path, checked_device(flags.device))
-    prompt = sys.stdin.read() if flags.prompt == "-" else flags.prompt
-    tokenizer = prepare.get_tokenizer(state["tokenizer"])
-    idx = tokens_of(prompt, tokenizer, prepare.bos_id(state["tokenizer"])).to(flags.device)
-    print(f"{path}: gate {model.config.variant}, step {state['step']}, data "
-          f"{state['train_config']['data']}\n")
-
-    generator = torch.Generator(flags.device).manual_seed(flags.seed)
-    made = model.stream(idx.expand(flags.samples, -1), flags.tokens, flags.temperature, flags.top_k,
-                        generator)
-    texts = show(prompt, made, flags.samples, tokenizer)
-
-    whole = torch.cat((idx, idx.new_tensor(texts[:1])), dim=1)  # (1, t): BOS, prompt, first text
-    room = model.config.block_size
-    window = whole if whole.size(1) <= room else torch.cat((whole[:, :1], whole[:, 1 - room :]), dim=1)
+    device = checked_device(flags.device)
+    dtype = None if flags.dtype == "auto" else getattr(torch, flags.dtype)
+    model, name, bos, title = open_model(flags.ckpt or newest_run(), dtype)
+    tokenizer = prepare.get_tokenizer(name)
+    if tokenizer.n_vocab > model.config.vocab_size:
+        raise ValueError(f"the tokenizer {name} has {tokenizer.n_vocab} tokens, its model "
+                         f"{model.config.vocab_size}: they do not belong together, so get both again")
+    model.to(device)
+    if flags.text:
+        print(title)
+        T = min(SHORT, model.config.block_size) if bos is None else model.config.block_size
+        window = text_blocks(prepare.read_text(Path(flags.text)), tokenizer, bos, T).to(device)
+    else:
+        prompt = sys.stdin.read() if flags.prompt == "-" else flags.prompt
+        if bos is None and not prompt:
+            bos = prepare.bos_id(name)
+            title += f"; without a prompt, it starts from {bytes_of(bos, tokenizer).decode()}"
+        print(title + "\n")
+        window = written(model, tokens_of(prompt, tokenizer, bos).to(device), prompt, tokenizer, flags)
     if flags.attn_share:
-        print("\n" + layer_table(measure(model, window), window.size(1)))
+        layers = measure_blocks(model, window)
+        print("\n" + layer_table(layers, window.size(1)))
+        if flags.text:
+            print(f"\n{means_table(layers, model.config.variant, *window.shape)}")
         if window.size(1) < SHORT:
             print(f"Only {window.size(1)} tokens: a text this short has a large share even without a sink.\n"
                   "Compare with the floor, and with what train.py measured on many windows.")
     if flags.attn_map:
-        draw_maps(model, window[:, :64], tokenizer, flags.attn_map)
+        draw_maps(model, window[:1, :64], tokenizer, flags.attn_map)
         print(f"\n{flags.attn_map}: attention on the first {min(64, window.size(1))} tokens")
+
+
+def written(model, idx, prompt, tokenizer, flags):
+    """Print what the model makes of idx (1, t); returns the last window of the first text, (1, T)."""
+    generator = torch.Generator(flags.device).manual_seed(flags.seed)
+    made = model.stream(idx.expand(flags.samples, -1), flags.tokens, flags.temperature, flags.top_k,
+                        generator)
+    texts = show(prompt, made, flags.samples, tokenizer)
+    whole = torch.cat((idx, idx.new_tensor(texts[:1])), dim=1)  # (1, t): BOS, prompt, first text
+    room = model.config.block_size
+    return whole if whole.size(1) <= room else torch.cat((whole[:, :1], whole[:, 1 - room :]), dim=1)
 
 
 def run_main(main):

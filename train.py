@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from data import prepare
 from gated_gpt import GPT, GPTConfig, check_fields, load_checkpoint, measure, save_checkpoint, uniform_share
-from sample import checked_device, checkpoint_in, layer_table, newest_run, run_main, stream_text
+from sample import checked_device, checkpoint_in, layer_table, newest_run, open_model, run_main, stream_text
 
 
 @dataclass
@@ -51,6 +51,7 @@ class TrainConfig:
     out: str | None = None  # folder of the run; default out/<data>-<gate variant>, numbered if taken
     resume: bool = False  # go on with the run in --out (default: the newest one) where its checkpoint stands
     overwrite: bool = False  # if --out holds a run already, replace it
+    init_from: str | None = None  # a checkpoint, run or released model's folder to start from; default random
     keep: Literal["best", "last", "both"] = "both"  # which checkpoints: lowest val loss, latest, or both
     seed: int = 0  # of weights, batches and dropout
     # --- optimisation ---
@@ -358,6 +359,31 @@ def run_folder(config, c):
     return Path(c.out)
 
 
+NOT_IN_WEIGHTS = ("block_size", "dropout", "balance_loss", "router_z_loss")  # what --init_from leaves free
+
+
+def initial_model(config, c, meta):
+    """A model of this config with the weights of c.init_from, in float32.
+
+    Raises ValueError if these have another shape, or if the data is not in that model's tokens.
+    """
+    model, tokenizer, _, _ = open_model(c.init_from, torch.float32)
+    differs = [f"{name}={value} (there {getattr(model.config, name)})"
+               for name, value in dataclasses.asdict(config).items()
+               if value != getattr(model.config, name) and name not in NOT_IN_WEIGHTS]
+    if differs:
+        raise ValueError(f"{c.init_from} has another shape than asked for: {', '.join(differs)}; leave these "
+                         "flags out")
+    try:
+        same = prepare.same_tokenizer(tokenizer, meta["tokenizer"])
+    except FileNotFoundError:  # save_pretrained writes no tokenizer: then the data is taken at its word
+        same = True
+    if not same:
+        raise ValueError(f"{c.init_from} reads the tokens of {tokenizer}, and {c.data} has those of "
+                         f"{meta['tokenizer']}: python data/prepare.py FILES --tokenizer={tokenizer} does")
+    return GPT.with_weights(config, model.state_dict())
+
+
 @contextmanager
 def locked(folder):
     """Keep other runs out of a folder until this one ends, be it by a kill. ValueError if one is in there."""
@@ -445,7 +471,8 @@ class Run:
         config = dataclasses.replace(config, vocab_size=config.vocab_size or self.meta["vocab_size"])
         if config.vocab_size < self.meta["vocab_size"]:
             raise ValueError(f"vocab_size={config.vocab_size} is below the {self.meta['vocab_size']} tokens "
-                             f"of {c.data}: leave it out, and the data says it")
+                             f"of {c.data}: " + (f"prepare data in the tokens of {c.init_from}" if c.init_from
+                                                 else "leave it out, and the data says it"))
         if c.resume:
             self.resume(config)
         else:
@@ -471,10 +498,10 @@ class Run:
                       dtype=f"{str(dtype).removeprefix('torch.')} ({why_dtype})", compile=why_compile)
 
     def start(self, config):
-        """A new run: fresh weights from the seed."""
+        """A new run: fresh weights from the seed, or those of --init_from."""
         self.out = agreed(run_folder(config, self.c) if self.rank == 0 else None)
         torch.manual_seed(self.c.seed)
-        self.place(GPT(config))
+        self.place(initial_model(config, self.c, self.meta) if self.c.init_from else GPT(config))
         self.state = {"step": 0, "best": math.inf, "seconds": 0.0, "log": [], "losses": []}
 
     def place(self, model):
@@ -525,7 +552,8 @@ class Run:
             "model": f"gate {model.config.variant}, {model.num_params():,} parameters, {in_gates:,} in gates",
             "data": f"{c.data}, {self.meta['train']['tokens']:,} training tokens ({self.meta['tokenizer']})",
             "steps": f"{c.max_steps:,} of {windows * T:,} tokens ({windows} windows of {T}), {c.optimizer}",
-            "run": f"{self.out}" + f", resumed at step {self.state['step']}" * c.resume,
+            "run": f"{self.out}" + (f", resumed at step {self.state['step']}" if c.resume else
+                                    f", from the weights of {c.init_from}" * bool(c.init_from)),
         }).items():
             self.say(f"{what:<8} {text}")
 
@@ -732,8 +760,9 @@ def make_configs(values):
 def configs_from(flags):
     """(GPTConfig, TrainConfig, why) from flags over a preset, or over a checkpoint's when resuming."""
     if flags.get("resume"):
-        if "preset" in flags:
-            raise ValueError(f"preset={flags['preset']} and resume: a run has its own values; leave one out")
+        for name in ("preset", "init_from"):
+            if name in flags:
+                raise ValueError(f"{name}={flags[name]} and resume: a run has its own values; leave one out")
         out = Path(flags["out"]) if "out" in flags else newest_run()
         model, state = load_checkpoint(checkpoint_in(out))
         why, values = f"preset   as in {out}", dataclasses.asdict(model.config) | state["train_config"]
@@ -743,6 +772,10 @@ def configs_from(flags):
         name = flags.get("preset", "gpu" if device.type == "cuda" else "laptop")
         why = f"preset   {name} " + ("(as asked)" if "preset" in flags else f"(on {device.type})")
         values = dict(PRESETS[name])
+        if "init_from" in flags:
+            there, window = open_model(flags["init_from"])[0].config, values["block_size"]
+            shape = {k: v for k, v in dataclasses.asdict(there).items() if k not in NOT_IN_WEIGHTS}
+            values |= shape | {"block_size": min(window, there.block_size)}
     values |= {name: value for name, value in flags.items() if name != "preset"}
     return *make_configs(values), why
 

@@ -9,7 +9,8 @@ Data for gated GPT: text in, two files of tokens out.
 
 Each writes data/<name>/train.bin and val.bin, bare arrays of token ids, and meta.json, which says how to read
 them. Training maps these files into memory and cuts windows from them at random places. From top to bottom:
-tokenizers, writing and opening a set, reading text, the sets without and with a download, your own files.
+tokenizers, those of released models, writing and opening a set, reading text, the sets without and with a
+download, your own files.
 """
 import argparse
 import base64
@@ -23,6 +24,7 @@ import string
 import sys
 import sysconfig
 import tempfile
+import unicodedata
 import urllib.request
 from functools import cache
 from pathlib import Path
@@ -46,20 +48,25 @@ SPLIT_PATTERN = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 def bos_id(tokenizer):
     """The id of the beginning-of-sequence token."""
-    if tokenizer not in BOS:
-        raise ValueError(f"tokenizer {tokenizer!r} is not one of {', '.join(BOS)}")
-    return BOS[tokenizer]
+    return BOS[tokenizer] if tokenizer in BOS else folder_bos(tokenizer)
 
 
 def vocabulary(tokenizer):
     """What meta.json says of a tokenizer."""
     bos = bos_id(tokenizer)
-    return {"tokenizer": tokenizer, "bos": bos, "vocab_size": bos + 1, "dtype": np.min_scalar_type(bos).name}
+    size = bos + 1 if tokenizer in BOS else get_tokenizer(tokenizer).n_vocab
+    dtype = np.min_scalar_type(size - 1).name
+    return {"tokenizer": tokenizer, "bos": bos, "vocab_size": size, "dtype": dtype}
 
 
 @cache
 def get_tokenizer(name):
-    """The tiktoken.Encoding of that name: bpe2k (make_bpe2k.py made it), bytes (no merges at all) or gpt2."""
+    """
+    The tiktoken.Encoding of that name: bpe2k (make_bpe2k.py made it), bytes (no merges at all), gpt2, or that
+    of a released model, by its folder.
+    """
+    if name not in BOS:
+        return folder_tokenizer(name)
     bos = bos_id(name)
     if name == "gpt2":
         try:
@@ -79,8 +86,172 @@ def get_tokenizer(name):
 @cache
 def token_bytes(tokenizer):
     """(vocab_size,) How many bytes of text each token stands for (BOS: none), for bits per byte."""
-    encoding = get_tokenizer(tokenizer)
-    return np.array([len(encoding.decode_single_token_bytes(t)) for t in range(bos_id(tokenizer))] + [0])
+    lengths = np.zeros(vocabulary(tokenizer)["vocab_size"], int)
+    for text, token in get_tokenizer(tokenizer)._mergeable_ranks.items():
+        lengths[token] = len(text)
+    return lengths
+
+
+def same_tokenizer(a, b):
+    """Whether two names mean the same tokens, as the folders of two released models may do."""
+    def content(name):
+        return type(get_tokenizer(name)), get_tokenizer(name).__getstate__()
+
+    return a == b or content(a) == content(b)
+
+
+# --- tokenizers of released models: byte-level BPE in Hugging Face's files ----------------------------------
+
+# What Qwen2 splits text by. A folder with vocab.json and merges.txt does not say it, and so gets this one.
+QWEN_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+class FolderEncoding(tiktoken.Encoding):
+    """An encoding that refuses text with no UTF-8 form, where tiktoken would put U+FFFD without a word."""
+    form = None   # of Unicode, to which text is brought first
+
+    def prepared(self, text):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"character {error.start:,} of the text, {text[error.start]!a}, is half of a "
+                             "surrogate pair and has no UTF-8 form: leave it out") from None
+        return unicodedata.normalize(self.form, text) if self.form else text
+
+    def encode(self, text, **options):
+        return super().encode(self.prepared(text), **options)
+
+    def encode_ordinary(self, text):
+        return super().encode_ordinary(self.prepared(text))
+
+    def encode_to_numpy(self, text, **options):
+        return super().encode_to_numpy(self.prepared(text), **options)
+
+
+class NFCEncoding(FolderEncoding):
+    form = "NFC"
+
+
+def folder_tokenizer(folder):
+    """
+    The encoding that tokenizer.json in `folder` describes, or vocab.json and merges.txt.
+
+    ValueError if tiktoken, which merges by rank, would not make the tokens that these files mean.
+    """
+    path = Path(folder, "tokenizer.json")
+    if not Path(folder).is_dir():
+        gone = FileNotFoundError if os.sep in folder else ValueError
+        raise gone(f"tokenizer {folder!r} is not one of {', '.join(BOS)}, nor a folder that is there")
+    try:
+        if path.exists():
+            vocab, merges, special, pattern, nfc = read_tokenizer_json(path)
+        else:
+            path = Path(folder, "vocab.json")
+            vocab, merges, special, pattern, nfc = read_vocab_and_merges(Path(folder))
+        ranks = checked_ranks(vocab, merges, special)
+        # What the pattern does not match, tiktoken would drop; and no match may be empty (\G: its start).
+        pattern = rf"(?:{pattern})(?!\G)|(?:(?!(?:{pattern})(?!\G))[\s\S])+"
+        kind = NFCEncoding if nfc else FolderEncoding
+        return kind("released", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{folder} holds no tokenizer ({Path(error.filename).name} is missing): put "
+                                "tokenizer.json there, or vocab.json and merges.txt") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} can't be used: {' '.join(str(error).split())}") from None
+    except (LookupError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"{path} is damaged, or no tokenizer of byte-level BPE: download it again") from None
+
+
+def read_tokenizer_json(path):
+    """(vocab, merges, special tokens, pattern, NFC or not) of a tokenizer.json that asks for no more."""
+    file = json.loads(path.read_bytes())
+    model, steps = file["model"], file["pre_tokenizer"].get("pretokenizers", [file["pre_tokenizer"]])
+    types, normalizer = [step["type"] for step in steps], (file.get("normalizer") or {}).get("type")
+    if model["type"] != "BPE" or types != ["Split", "ByteLevel"] or normalizer not in ("NFC", None):
+        raise ValueError(f"it is {model['type']} after {' and '.join(types)}, with normalizer {normalizer}; "
+                         "it must be BPE after Split and ByteLevel, with normalizer NFC or none")
+    split, byte_level = steps
+    asks = {"byte_fallback": model.get("byte_fallback"), "dropout": model.get("dropout"),
+            "prefix": model.get("continuing_subword_prefix"), "suffix": model.get("end_of_word_suffix"),
+            "invert": split["invert"], "add_prefix_space": byte_level["add_prefix_space"],
+            "use_regex": byte_level["use_regex"],
+            "behavior": split["behavior"] != "Isolated" and split["behavior"],
+            "pattern": "Regex" not in split["pattern"] and split["pattern"]}
+    if wrong := [f"{what}={value!r}" for what, value in asks.items() if value]:
+        raise ValueError(f"it asks for {', '.join(wrong)}, which tiktoken does not have")
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    special = {token["content"]: token["id"] for token in file["added_tokens"]}
+    return model["vocab"], merges, special, split["pattern"]["Regex"], normalizer == "NFC"
+
+
+def read_vocab_and_merges(folder):
+    """The same of vocab.json and merges.txt; special tokens are in one of two other files."""
+    vocab, special = json.loads((folder / "vocab.json").read_bytes()), {}
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    merges = [line.split() for line in lines[lines[0].startswith("#version"):] if line.strip()]
+    if (config := folder / "tokenizer_config.json").exists():
+        added = json.loads(config.read_bytes()).get("added_tokens_decoder", {})
+        special = {token["content"]: int(number) for number, token in added.items()}
+    if (more := folder / "added_tokens.json").exists():
+        special |= json.loads(more.read_bytes())
+    return vocab, merges, special, QWEN_PATTERN, True
+
+
+def byte_letters():
+    """{letter: byte} of byte-level BPE, which writes what is not printable with letters from U+0100 on."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def checked_ranks(vocab, merges, special):
+    """
+    {bytes: id}, in which a lower id is merged first. ValueError unless that is the same as doing `merges` in
+    their order: then ids rise from merge to merge, and each token falls apart into the two that it is merged
+    from when only lower ids may be merged.
+    """
+    letters = byte_letters()
+    ranks = {bytes(map(letters.__getitem__, token)): i for token, i in vocab.items() if token not in special}
+    ids = [*ranks.values(), *special.values()]
+    if len(set(ids)) < len(ids) or not all(type(i) is int and 0 <= i < 1 << 24 for i in ids):
+        raise ValueError("two tokens have one id, or an id is no whole number from 0 on")
+    pairs = [[bytes(map(letters.__getitem__, half)) for half in merge] for merge in merges]
+    merged = [ranks[left + right] for left, right in pairs]
+    alone = {bytes([byte]) for byte in range(256)}
+    if merged != sorted(set(merged)) or ranks.keys() != alone | {left + right for left, right in pairs}:
+        raise ValueError("its ids are not 256 bytes and one token for each merge, in the order of the merges")
+    for pair, rank in zip(pairs, merged):
+        if parts_below(rank, b"".join(pair), ranks) != pair:
+            raise ValueError(f"token {rank} is not what merging by rank would make of {b''.join(pair)!r}")
+    return ranks
+
+
+def parts_below(rank, text, ranks):
+    """What is left of `text` when tokens of lower rank have been merged, the lowest first."""
+    parts = [text[i:i + 1] for i in range(len(text))]
+    while True:
+        candidates = [ranks.get(left + right, rank) for left, right in zip(parts, parts[1:])]
+        lowest = min(candidates, default=rank)
+        if lowest >= rank:
+            return parts
+        i = candidates.index(lowest)
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+
+
+def folder_bos(folder):
+    """The token that a text starts with: bos_token_id or eos_token_id of config.json, else <|endoftext|>."""
+    encoding, path = get_tokenizer(folder), Path(folder, "config.json")
+    try:
+        config = json.loads(path.read_bytes()) if path.exists() else {}
+        named = [config.get("bos_token_id"), config.get("eos_token_id")]
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} can't be read ({error}): download it again") from None
+    for token in (*named, encoding._special_tokens.get("<|endoftext|>")):
+        if type(token) is int and encoding.is_special_token(token):
+            return token
+    raise ValueError(f"{folder} has no token to start a text with: config.json names no bos_token_id or "
+                     "eos_token_id that is special, and <|endoftext|> is not there")
 
 
 # --- a set: writing and opening it --------------------------------------------------------------------------
@@ -116,8 +287,9 @@ def write_bin(path, tokenizer, chunks):
         lengths = n_bytes = None
     with open(path, "wb") as file:
         for tokens in chunks:
-            if len(tokens) and tokens.max() > vocab["bos"]:
-                raise ValueError(f"token {tokens.max()} is beyond the last of {tokenizer}, {vocab['bos']}")
+            if len(tokens) and tokens.max() >= vocab["vocab_size"]:
+                raise ValueError(f"token {tokens.max()} is beyond the last of {tokenizer}, "
+                                 f"{vocab['vocab_size'] - 1}")
             data = tokens.astype(vocab["dtype"]).tobytes()
             file.write(data)
             sha256.update(data)
@@ -421,6 +593,8 @@ def prepare_files(paths, name=None, tokenizer="bpe2k", root=DATA):
         if not any(found.values()):
             raise ValueError(f"{path} is empty: there is no text to prepare")
         texts.update(found)
+    if tokenizer not in BOS and Path(tokenizer).is_dir():
+        tokenizer = str(Path(tokenizer).resolve())
     source = ", ".join(str(Path(path).resolve()) for path in paths)
     name = re.sub(r"[^\w.-]+", "-", Path(paths[0]).resolve().stem) if name is None else name
     check_name(name, source, root)
@@ -445,7 +619,8 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="+", metavar="NAME|FILES", help="a set's name, or files and folders")
     parser.add_argument("--name", help="FILES: what to call the set (default: after the first file)")
-    parser.add_argument("--tokenizer", help=f"FILES: {', '.join(BOS)} (default: bpe2k)")
+    parser.add_argument("--tokenizer", help=f"FILES: {', '.join(BOS)}, or the folder of a released model "
+                                            "(default: bpe2k)")
     parser.add_argument("--shards", type=int, help="fineweb: how many shards for training (default: 1)")
     parser.add_argument("--root", type=Path, help="where to put it (default: data/, where train.py looks)")
     options = {key: value for key, value in vars(parser.parse_args(argv)).items() if value is not None}
