@@ -350,8 +350,9 @@ class KVCache:
         """Store k and v (B, T, nkv, hs) of a layer; return all (B, S, nkv, hs) and the causal mask (T, S)."""
         self.k[layer].index_copy_(1, self.positions, k)
         self.v[layer].index_copy_(1, self.positions, v)
-        # A CPU reads the filled part only; a GPU reads it all, so no shape changes and nothing recompiles.
-        S = int(self.positions[-1]) + 1 if k.is_cpu else self.k.size(2)
+        # A CPU reads the filled part only; a GPU and a compiled model read it all, so that no shape changes.
+        only_filled = k.is_cpu and not torch.compiler.is_compiling()
+        S = int(self.positions[-1]) + 1 if only_filled else self.k.size(2)
         mask = torch.arange(S, device=k.device) <= self.positions[:, None]
         return self.k[layer, :, :S], self.v[layer, :, :S], mask
 

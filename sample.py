@@ -1,11 +1,11 @@
 """
 Text from a trained model:
 
-    python sample.py                               the newest run, from its first token on
-    python sample.py --prompt="def " --attn_share  and how much attention the first token gets
-    python sample.py --attn_share --text=FILE      the same on a text of yours, in long blocks
+    python sample.py                             the newest run, from its first token on
+    python sample.py --prompt="a" --attn_share   and the attention that the first token gets
+    python sample.py --attn_share --text=FILE    the same on a text of yours, in long blocks
 
---ckpt also takes the folder of a released model (config.json, model.safetensors, tokenizer.json).
+--ckpt also takes the folder of a released model, with its config.json.
 
 Also the home of what both command lines share: finding runs, the table per layer, ending without a traceback.
 """
@@ -193,6 +193,8 @@ def parse_flags(argv=None):
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps [%(default)s]")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
                         help="of the weights; auto: as they are stored [%(default)s]")
+    parser.add_argument("--compile", action="store_true", help="compile the model, which takes a while at "
+                        "first: for long texts on a GPU")
     parser.add_argument("--attn_share", action="store_true", help="measure first-token share on this text")
     parser.add_argument("--text", metavar="FILE", help="with --attn_share: measure it on this text instead")
     parser.add_argument("--attn_map", metavar="FILE.png", help="draw the attention on this text")
@@ -204,6 +206,9 @@ def parse_flags(argv=None):
     if flags.text and (flags.prompt or not flags.attn_share):
         raise ValueError(f"text={flags.text} is for --attn_share to measure, not for a prompt to go on: "
                          "add --attn_share, leave out --prompt")
+    if flags.compile and (flags.attn_share or flags.attn_map):
+        raise ValueError("compile=True with attn_share or attn_map: a compiled model can't be looked into; "
+                         "leave --compile out")
     return flags
 
 
@@ -264,6 +269,8 @@ def main(argv=None):
 
 def written(model, idx, prompt, tokenizer, flags):
     """Print what the model makes of idx (1, t); returns the last window of the first text, (1, T)."""
+    if flags.compile:
+        model.compile(dynamic=False)  # once for the prompt, once for one token: the cache keeps its shape
     generator = torch.Generator(flags.device).manual_seed(flags.seed)
     made = model.stream(idx.expand(flags.samples, -1), flags.tokens, flags.temperature, flags.top_k,
                         generator)

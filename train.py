@@ -693,10 +693,7 @@ class Run:
         if self.c.shard:
             state["optimizers"] = gathered(state["optimizers"], keep=self.rank == 0)
             weights = gathered(model.state_dict(), keep=self.rank == 0)
-            with torch.device("meta"):
-                model = GPT(model.config)
-            if self.rank == 0:
-                model.load_state_dict(weights, assign=True)
+            model = GPT.with_weights(model.config, weights) if self.rank == 0 else None
         if self.rank == 0:
             save_checkpoint(self.out / f"{name}.pt", model, state)
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
 
 from gated_gpt import GPT, Gate, GPTConfig, KVCache, attention_maps, sample
 
@@ -613,6 +614,17 @@ def test_no_new_tokens_is_the_prompt():
     idx = tokens(2, 4)
     assert torch.equal(lively(tiny()).generate(idx, 0), idx)
     assert list(lively(tiny()).stream(idx, 0)) == []
+
+
+def test_a_compiled_model_writes_the_same_text_and_is_not_compiled_again_as_it_grows():
+    model, idx = lively(tiny(block_size=32)), tokens(2, 3)
+    plain = model.generate(idx, 25, temperature=0)
+    for n in (2, 25):
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        model.compile(backend=counter, dynamic=False)
+        assert torch.equal(model.generate(idx, n, temperature=0), plain[:, : 3 + n])
+        assert counter.frame_count == 2  # one graph for the prompt, one for a single token
 
 
 def test_stream_yields_what_generate_returns():
