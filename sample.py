@@ -1,9 +1,9 @@
 """
 Text from a trained model:
 
-    python sample.py                             the newest run, from its first token on
-    python sample.py --prompt="a" --attn_share   and the attention that the first token gets
-    python sample.py --attn_share --text=FILE    the same on a text of yours, in long blocks
+    python sample.py                            the newest run, from its BOS token on
+    python sample.py --prompt="a" --attn_share  and how much attention BOS gets
+    python sample.py --attn_share --text=FILE   the same on a text, in long blocks
 
 --ckpt also takes the folder of a released model, with its config.json.
 
