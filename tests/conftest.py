@@ -45,3 +45,13 @@ def here(tmp_path, monkeypatch, data_root, use_data):
     monkeypatch.chdir(tmp_path)
     use_data(data_root)
     return tmp_path
+
+
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="abuse tests at their full length, half an hour")
+
+
+@pytest.fixture
+def long(request):
+    """Whether the tests of test_abuse.py run at their full length."""
+    return request.config.getoption("--long")

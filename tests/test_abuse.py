@@ -1,0 +1,185 @@
+"""Claims about what a run survives. Tests are short, and have their full length with --long."""
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import sample
+import train
+from data import prepare
+from gated_gpt import load_checkpoint
+
+TINY = dict(data="tiny", block_size=8, n_layer=1, n_head=2, n_embd=16, batch_size=4, eval_windows=4,
+            warmup_steps=2, learning_rate=1e-2, dropout=0.1, attn_share=True, out="run", device="cpu", threads=1)
+
+
+def fit(**fields):
+    return train.train(*train.make_configs(TINY | fields), quiet=True)
+
+
+def forked(work):
+    """A child process, a copy of this one, that does work()."""
+    child = multiprocessing.get_context("fork").Process(target=work)
+    child.start()
+    return child
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_killed_at_random_moments_ends_as_the_run_that_never_was(here, optimizer, long):
+    recipe, kills = dict(max_steps=1500 if long else 150, eval_every=5, optimizer=optimizer), 0
+    wanted, dice = 50 if long else 5, random.Random(0)
+    while kills < wanted:  # killed in its first steps, between two, in an evaluation, while it saves
+        child = forked(lambda: fit(**recipe, resume=Path("run/last.pt").exists()))
+        child.join(dice.uniform(0.02, 0.6))
+        if not child.is_alive():
+            assert child.exitcode == 0
+            break
+        child.kill()
+        child.join()
+        kills += 1
+    assert kills == wanted, "the run was over before it was killed often enough"
+    if not Path("run/last.pt").exists() or load_checkpoint("run/last.pt")[1]["step"] < recipe["max_steps"]:
+        fit(**recipe, resume=Path("run/last.pt").exists())
+    fit(**recipe | dict(out="never"))
+    (a, mine), (b, other) = (load_checkpoint(f"{run}/last.pt") for run in ("run", "never"))
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    columns = "step", "train_loss", "val_loss", "first_token_share"
+    log, undisturbed = ([[row[k] for k in columns] for row in run["log"]] for run in (mine, other))
+    assert log == undisturbed
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_run_within_a_step_and_nothing_is_lost(here, number, long):
+    dice = random.Random(int(number))
+    for _ in range(50 if long else 3):
+        def work():
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            try:
+                fit(max_steps=10**6, eval_every=10**6, overwrite=Path("run").exists())
+            except KeyboardInterrupt:
+                os._exit(130)
+
+        child = forked(work)
+        time.sleep(0.4 + dice.random() / 2)
+        before = time.monotonic()
+        os.kill(child.pid, number)
+        child.join(30)
+        assert child.exitcode == 130 and time.monotonic() - before < 2
+        model, state = load_checkpoint("run/last.pt")
+        assert state["step"] == len(state["losses"]) > 0
+
+
+def test_a_full_disk_ends_a_run_with_a_sentence_and_the_checkpoint_of_before_is_whole(here, capfd):
+    fit(max_steps=4, eval_every=2)
+    before = Path("run/last.pt").read_bytes()
+
+    def work():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2,) * 2)
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then a write that does not fit is an OSError
+        sys.argv = ["train.py", "--resume", "--out=run", "--max_steps=8"]
+        sample.run_main(train.main)
+
+    child = forked(work)
+    child.join(60)
+    assert child.exitcode == 2
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1 and "cannot save run/" in said and "is untouched" in said
+    assert Path("run/last.pt").read_bytes() == before and not list(Path("run").glob("*.tmp"))
+    fit(max_steps=8, eval_every=2, resume=True)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Damaged files
+
+
+def damage(path, dice):
+    """Do to a file what disks, editors and people do; returns what it was."""
+    content = path.read_bytes()
+    kind = dice.choice(["cut", "flip", "zero", "empty", "folder", "gone", "swap", "grow"])
+    if kind in ("folder", "gone", "swap"):
+        path.unlink()
+    if kind == "cut":
+        path.write_bytes(content[: dice.randrange(len(content))])
+    elif kind == "flip":
+        changed = bytearray(content)
+        for _ in range(dice.choice([1, 1, 1, 5, 100])):
+            changed[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
+        path.write_bytes(changed)
+    elif kind == "zero":  # what a file system leaves of a page that was never written
+        start = dice.randrange(len(content))
+        path.write_bytes(content[:start] + bytes(min(4096, len(content) - start)) + content[start + 4096 :])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "swap":
+        path.write_bytes(dice.choice([b"#!/bin/sh\n", b"PK\x03\x04", b"[1, 2]", b"\x80\x04N."]))
+    elif kind == "grow":
+        path.write_bytes(content + dice.randbytes(dice.choice([1, 1000])))
+    return kind
+
+
+def whole_again(path, content):
+    if path.is_dir():
+        path.rmdir()
+    path.write_bytes(content)
+
+
+def looks_whole(read, undamaged):
+    """Whether read() gives what it gave before the damage; None if it is refused with one sentence."""
+    try:
+        return undamaged(read())
+    except (ValueError, OSError) as error:
+        assert str(error) and "\n" not in str(error) and "Traceback" not in str(error)
+        return None
+
+
+def test_a_damaged_checkpoint_is_refused_or_unharmed(here, long):
+    fit(max_steps=2, eval_every=2)
+    path, dice = Path("run/last.pt"), random.Random(0)
+    content, (model, state) = path.read_bytes(), load_checkpoint(path)
+
+    def unharmed(loaded):
+        other, more = loaded
+        return (all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+                and other.config == model.config and more["losses"] == state["losses"]
+                and str(more["optimizers"]) == str(state["optimizers"]))
+
+    refused = 0
+    for _ in range(1000 if long else 80):
+        kind = damage(path, dice)
+        found = looks_whole(lambda: load_checkpoint(path), unharmed)
+        assert found is not False, kind
+        refused += found is None
+        whole_again(path, content)
+    assert refused > 40
+
+
+@pytest.mark.parametrize("name", ["train.bin", "val.bin", "meta.json"])
+def test_damaged_data_is_refused_or_unharmed(here, data_root, tmp_path, name, long):
+    shutil.copytree(data_root, tmp_path / "copy")
+    path, dice = tmp_path / "copy/tiny" / name, random.Random(1)
+    content, before = path.read_bytes(), prepare.load("tiny", root=tmp_path / "copy")
+
+    def unharmed(loaded):
+        meta, tokens = loaded
+        same = all((tokens[split] == before[1][split]).all() for split in tokens)
+        return same and meta["bos"] == before[0]["bos"]
+
+    refused = 0
+    for _ in range(300 if long else 40):
+        kind = damage(path, dice)
+        found = looks_whole(lambda: prepare.load("tiny", root=tmp_path / "copy"), unharmed)
+        assert found is not False, kind
+        refused += found is None
+        whole_again(path, content)
+    assert refused > 20
+
