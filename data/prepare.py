@@ -616,6 +616,7 @@ def check_name(name, source, root):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="prepare.py", allow_abbrev=False, description=__doc__,
+                                     usage="prepare.py NAME|FILES ... [--flag=value ...]",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="+", metavar="NAME|FILES", help="a set's name, or files and folders")
     parser.add_argument("--name", help="FILES: what to call the set (default: after the first file)")

@@ -106,8 +106,9 @@ TASKS = {
     "python": dict(data="python", n_layer=4, n_head=4, n_kv_head=2, n_embd=64, block_size=64, batch_size=16,
                    max_steps=500, learning_rate=4e-3, warmup_steps=50, eval_windows=128),
     # The same text, and what lets a sink form on it: a high constant learning rate, and many steps.
-    "text-sink": dict(data="python", n_layer=3, n_head=2, n_embd=64, block_size=256, batch_size=4,
-                      max_steps=10_000, learning_rate=8e-3, schedule="constant", weight_decay=0.1),
+    "text-sink": dict(data="python", n_layer=3, n_head=2, n_embd=64, block_size=64, batch_size=16,
+                      max_steps=13_000, learning_rate=8e-3, schedule="constant", weight_decay=0.0,
+                      eval_windows=128),
     # nanoGPT's Tiny Shakespeare for a CPU.
     "shakespeare": dict(data="shakespeare", n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12,
                         max_steps=2000),

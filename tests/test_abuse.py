@@ -1,4 +1,8 @@
 """Claims about what a run survives. Tests are short, and have their full length with --long."""
+import contextlib
+import dataclasses
+import io
+import math
 import multiprocessing
 import os
 import random
@@ -8,17 +12,21 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import sample
 import train
 from data import prepare
-from gated_gpt import load_checkpoint
+from gated_gpt import GPTConfig, load_checkpoint
 
 TINY = dict(data="tiny", block_size=8, n_layer=1, n_head=2, n_embd=16, batch_size=4, eval_windows=4,
-            warmup_steps=2, learning_rate=1e-2, dropout=0.1, attn_share=True, out="run", device="cpu", threads=1)
+            warmup_steps=2, learning_rate=1e-2, dropout=0.1, attn_share=True, out="run", device="cpu",
+            threads=1)
 
 
 def fit(**fields):
@@ -183,3 +191,93 @@ def test_damaged_data_is_refused_or_unharmed(here, data_root, tmp_path, name, lo
         whole_again(path, content)
     assert refused > 20
 
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Flags that nobody would give, and some that one would
+
+WORDS = st.sampled_from(["", "none", "x", "g1", "..", "-1", "1e3", "nan", "0x10", "ünï", "a b", "\x00"])
+WHOLE = st.sampled_from([-1, 0, 1, 2, 3, 4, 5, 8, 16, 33]) | st.integers(-10, 64)
+REAL = st.sampled_from([-1.0, 0.0, 1e-9, 0.02, 0.5, 0.999, 1.0, 10.0, 1e30, math.inf, math.nan])
+
+
+def flag_of(f):
+    """Values of a dataclass field, right ones and wrong ones, as flags."""
+    kind = next(t for t in (*get_args(f.type), f.type) if t is not type(None))
+    if get_origin(f.type) is Literal:
+        values = st.sampled_from(get_args(f.type)) | WORDS
+    elif kind is bool:
+        return st.sampled_from([f"--{f.name}", f"--no-{f.name}", f"--{f.name}=1"])
+    else:
+        values = {int: WHOLE, float: REAL, str: WORDS}[kind] | WORDS
+    return values.map(lambda value: f"--{f.name}={value}")
+
+
+CAPPED = {"data", "out", "max_steps", "eval_windows", "resume", "device", "threads", "init_from", "compile"}
+FIELDS = [f for c in (GPTConfig, train.TrainConfig) for f in dataclasses.fields(c) if f.name not in CAPPED]
+TRAINING = st.lists(st.sampled_from(FIELDS).flatmap(flag_of), max_size=6)
+SAMPLING = st.lists(st.one_of(
+    st.tuples(st.sampled_from(["tokens", "samples", "top_k", "seed"]), WHOLE | WORDS),
+    st.tuples(st.just("temperature"), REAL | WORDS),
+    st.tuples(st.just("prompt"), st.text(max_size=40) | WORDS),
+    st.tuples(st.sampled_from(["device", "dtype", "ckpt", "text"]), WORDS),
+).map("--{0[0]}={0[1]}".format) | st.sampled_from(["--attn_share", "--x", "--attn_share=1"]), max_size=5)
+PREPARING = st.lists(
+    st.sampled_from(["text.txt", "missing.txt", ".", "empty.txt", "binary.bin", "nosuch"])
+    | st.tuples(st.sampled_from(["name", "tokenizer", "shards"]), WORDS).map("--{0[0]}={0[1]}".format),
+    max_size=5)
+
+
+def outcome(main, argv):
+    """0 or 2, how a command line ended; a traceback would be an exception here."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+        try:
+            status = main(argv) or 0
+        except SystemExit as end:  # of argparse
+            status = end.code
+        except (ValueError, OSError, FloatingPointError) as error:  # what run_main makes a sentence of
+            status = 2
+            print(error, file=said)
+    assert status in (0, 2), (status, said.getvalue())
+    if status:
+        lines = [line for line in said.getvalue().strip().splitlines() if " is left out: " not in line]
+        assert lines and "Traceback" not in said.getvalue() and len(lines) <= 3, said.getvalue()
+    return status
+
+
+def tried(strategy, how_many, command):
+    """Statuses of `command` for that many argument lists, always the same ones."""
+    statuses = []
+
+    @settings(max_examples=how_many, deadline=None, derandomize=True, database=None,
+              suppress_health_check=list(HealthCheck))
+    @given(strategy)
+    def one(argv):
+        statuses.append(command(argv))
+
+    one()
+    assert 0 in statuses and 2 in statuses
+    return statuses
+
+
+def test_any_flags_of_train_run_or_are_refused_with_a_sentence(here, long):
+    small = ["--preset=sink", "--data=tiny", "--device=cpu", "--threads=1", "--n_embd=16", "--block_size=8",
+             "--batch_size=2", "--eval_every=2"]
+    capped = ["--max_steps=2", "--eval_windows=2", "--out=run", "--overwrite"]
+    tried(TRAINING, 1000 if long else 60, lambda argv: outcome(train.main, small + argv + capped))
+
+
+def test_any_flags_of_sample_run_or_are_refused_with_a_sentence(here, long):
+    fit(max_steps=2, eval_every=2)
+    (here / "text.txt").write_text("to be or not to be")
+    small = ["--ckpt=run", "--tokens=3"]
+    tried(SAMPLING, 500 if long else 60, lambda argv: outcome(sample.main, small + argv))
+
+
+def test_any_flags_of_prepare_run_or_are_refused_with_a_sentence(here, long):
+    (here / "text.txt").write_text("to be or not to be\n" * 500)
+    (here / "empty.txt").write_text("")
+    (here / "binary.bin").write_bytes(bytes(range(256)) * 10)
+    root = [f"--root={here / 'data'}"]
+    tried(PREPARING, 500 if long else 60, lambda argv: outcome(prepare.main, argv + root))
