@@ -247,8 +247,6 @@ def gathered(tree, keep):
     return tree
 
 
-
-
 # ----------------------------------------------------------------------------------------------------
 # Data, optimizer, schedule
 
@@ -446,20 +444,40 @@ class Run:
 
     def __init__(self, config, c, say):
         self.rank, self.ranks = rank_and_ranks()
-        c = dataclasses.replace(c, threads=choose_threads(c.threads))  # a resumed run takes as many again
-        torch.set_num_threads(c.threads)
-        self.c, self.say = c, say if self.rank == 0 else lambda text: None
+        self.say = say if self.rank == 0 else lambda text: None
         self.windows, self.forwards = shares(c.batch_size, c.grad_accum, self.ranks)
         if c.shard and self.ranks == 1:
             raise ValueError("shard=True spreads a model over several processes, and this is one: start with "
                              "torchrun --standalone --nproc_per_node=N train.py ..., or leave --shard out")
+        c = self.c = dataclasses.replace(c, threads=choose_threads(c.threads))  # a resumed run takes as many
+        torch.set_num_threads(c.threads)
         self.device, why_device = choose_device(c.device)
         dtype, why_dtype = choose_dtype(c.dtype, self.device)
         self.precision = torch.autocast(self.device.type, dtype) if dtype != torch.float32 else nullcontext()
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
 
-        first = os.environ.get("LOCAL_RANK", "0") == "0"  # of its machine: prepares the data for the others
+        config = self.open_windows(config)
+        if c.resume:
+            self.resume(config)
+        else:
+            self.start(config)
+        if self.rank == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
+        self.began = time.perf_counter()  # of what tokens/s is about, with the tokens since
+        self.tokens = 0
+        self.clock = self.began - self.state["seconds"]
+
+        peak = None if config.n_expert else peak_flops(self.device)
+        flops = flops_per_token(config, self.model.num_params())
+        self.full_speed = self.ranks * peak / flops if peak else math.nan  # tokens/s
+        self.shown = cells(config, c, known_peak=bool(peak))
+        self.describe(device=f"{self.device}, {c.threads} of {os.cpu_count()} CPU threads ({why_device})",
+                      dtype=f"{str(dtype).removeprefix('torch.')} ({why_dtype})", compile=self.make_fast())
+
+    def open_windows(self, config):
+        """The windows of both splits, and the config with the vocabulary of the data."""
+        c, first = self.c, os.environ.get("LOCAL_RANK", "0") == "0"  # of its machine: prepares data for all
         if not first:
             dist.barrier()
         self.meta, tokens = open_data(c.data, self.say)
@@ -473,29 +491,18 @@ class Run:
             raise ValueError(f"vocab_size={config.vocab_size} is below the {self.meta['vocab_size']} tokens "
                              f"of {c.data}: " + (f"prepare data in the tokens of {c.init_from}" if c.init_from
                                                  else "leave it out, and the data says it"))
-        if c.resume:
-            self.resume(config)
-        else:
-            self.start(config)
-        if self.rank == 0:
-            self.out.mkdir(parents=True, exist_ok=True)
-        self.began = time.perf_counter()  # of what tokens/s is about, with the tokens since
-        self.tokens = 0
-        self.clock = self.began - self.state["seconds"]
+        return config
 
-        why_compile = "off (on by default with CUDA only)" if c.compile is None else "off (as asked)"
+    def make_fast(self):
+        """The model as a step calls it: compiled, and with gradients that travel. Says why (not) compiled."""
+        c, why = self.c, "off (as asked)" if self.c.compile is False else "off (on by default with CUDA only)"
         self.fast = self.model
         if c.compile or (c.compile is None and self.device.type == "cuda"):
             batch = self.train_windows.at(self.train_windows.spaced(self.windows // self.forwards))
-            self.fast, why_compile = try_compile(self.model, batch, self.precision)
+            self.fast, why = try_compile(self.model, batch, self.precision)
         if self.ranks > 1 and not c.shard:  # sharded parameters exchange their gradients by themselves
             self.fast = DistributedDataParallel(self.fast)
-        peak = None if config.n_expert else peak_flops(self.device)
-        flops = flops_per_token(config, self.model.num_params())
-        self.full_speed = self.ranks * peak / flops if peak else math.nan  # tokens/s
-        self.shown = cells(config, c, known_peak=bool(peak))
-        self.describe(device=f"{self.device}, {c.threads} of {os.cpu_count()} CPU threads ({why_device})",
-                      dtype=f"{str(dtype).removeprefix('torch.')} ({why_dtype})", compile=why_compile)
+        return why
 
     def start(self, config):
         """A new run: fresh weights from the seed, or those of --init_from."""
