@@ -1,13 +1,14 @@
 """
 The numbers of exercises.md: does what each exercise says, edits included, and records what comes out.
 
-    python experiments/exercises.py            every exercise that trains, for seeds 0, 1 and 2
+    python experiments/exercises.py            every exercise that states a share, for seeds 0, 1 and 2
     python experiments/exercises.py --jobs=2   two at a time
 
 An edit is a ```diff block whose first line names the file; what one runs is in ```sh and ```python blocks.
 Each run has a copy of the project to itself, in out/exercises/, so nothing of yours is edited. A copy that
-is finished says so in its printed.json, and is not run again.
-Reading order: Exercise -> read -> copy_project -> do -> record.
+is finished says so in its printed.json, and is not run again while the exercise stays as it is; when the
+project's own code has changed, delete out/exercises first. Needs matplotlib and pytest.
+Reading order: Exercise -> read -> copy_project -> do -> do_all -> record.
 """
 import argparse
 import concurrent.futures
@@ -19,6 +20,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,7 +89,8 @@ def do(step, folder, more=None):
 
 def do_all(exercise, seed, threads):
     """All steps of an exercise with one seed; returns the last row of its log, and what its code printed."""
-    folder = Path("out/exercises") / f"{exercise.number}-{seed}"
+    content = zlib.crc32(repr((exercise.edits, exercise.steps)).encode())
+    folder = Path("out/exercises") / f"{exercise.number}-{seed}-{content:08x}"
     done = folder / "printed.json"
     if not done.exists():
         shutil.rmtree(folder, ignore_errors=True)

@@ -86,8 +86,12 @@ def sigmoid(z):
     return 1 / (1 + np.exp(-z))
 
 
-SCORE = {"sigmoid": sigmoid, "ns_sigmoid": lambda z: 0.5 + 0.5 * sigmoid(z), "silu": lambda z: z * sigmoid(z),
-         "identity": lambda z: z}
+SCORE = {
+    "sigmoid": sigmoid,
+    "ns_sigmoid": lambda z: 0.5 + 0.5 * sigmoid(z),
+    "silu": lambda z: z * sigmoid(z),
+    "identity": lambda z: z,
+}
 
 
 def rms(x, eps, weight=1.0):
