@@ -68,15 +68,32 @@ def test_no_line_of_the_readme_is_a_placeholder():
     assert not re.search(r"^[A-Z]{6,}$", README, re.M)
 
 
-def test_the_results_table_says_what_was_recorded():
-    with open(ROOT / "experiments/results/backcopy.csv", newline="") as file:
+def number(text, form):
+    return "-" if text == "nan" else format(float(text), form)
+
+
+# Each table of results: its second heading, where it was recorded, its cells between name and description.
+TABLES = {
+    "share, three seeds": ("backcopy", lambda row: [
+        " / ".join(number(share, ".3f") for share in row["share_by_seed"].split()),
+        number(row["gate_score"], ".3f"), number(row["max_activation"], ".1f"),
+        number(row["paper_share"], ".3f")]),
+    "difference in loss": ("python", lambda row: [
+        number(row["difference"], "+.3f") + row["noise"], number(row["difference_sd"], ".3f"),
+        number(row["paper_difference"], "+.3f")]),
+    "late share": ("text-sink", lambda row: [
+        number(row["late_share"], ".3f"), number(row["share"], ".3f"), number(row["max_activation"], ".0f"),
+        number(row["gate_score"], ".3f"), number(row["val_loss"], ".3f")]),
+}
+
+
+@pytest.mark.parametrize("heading", TABLES)
+def test_the_results_tables_say_what_was_recorded(heading):
+    task, cells_of = TABLES[heading]
+    with open(ROOT / f"experiments/results/{task}.csv", newline="") as file:
         recorded = {row["variant"]: row for row in csv.DictReader(file)}
-    rows = re.findall(r"^\| `([\w-]+)` \|(.+)\|$", README, re.M)
-    assert len(rows) >= 6
-    for name, cells in rows:
-        shares, gate, activation, paper, _ = [cell.strip() for cell in cells.split("|")]
-        row = recorded[name]
-        assert shares.split(" / ") == [f"{float(share):.3f}" for share in row["share_by_seed"].split()]
-        assert gate == (f"{float(row['gate_score']):.3f}" if row["gate_score"] != "nan" else "-")
-        assert activation == f"{float(row['max_activation']):.1f}"
-        assert paper == (f"{float(row['paper_share']):.3f}" if row["paper_share"] != "nan" else "-")
+    table, = re.findall(rf"^\| variant \| {heading} \|.*\n\|.*\n((?:\|.*\n)+)", README, re.M)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    assert len(rows) >= 2
+    for name, *cells in rows:
+        assert cells[: len(cells_of(recorded[name.strip("`")]))] == cells_of(recorded[name.strip("`")]), name
