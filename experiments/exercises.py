@@ -153,7 +153,7 @@ def main(argv=None):
             pool.shutdown(cancel_futures=True)
             raise
     record(exercises, results, flags.seeds, {
-        "command": f"`python experiments/exercises.py {shlex.join(argv or sys.argv[1:])}`",
+        "command": f"`python {shlex.join(['experiments/exercises.py', *(argv or sys.argv[1:])])}`",
         "machine": f"cpu ({platform.machine()}), runs at a time: {flags.jobs}, threads each: {threads}, "
                    f"torch {torch.__version__}"})
     print((RESULTS / "exercises.md").read_text())

@@ -51,8 +51,8 @@ def test_every_band_is_what_was_recorded(exercise):
         row = next(row for row in csv.DictReader(file) if row["title"] == exercise.title)
     seen = exercise.text.partition("**What you should see.**")[2].partition("**Check.**")[0]
     seen = " ".join(seen.split())
-    bands = re.findall(r"(share|gate score|value of BOS|of a letter) (?:of )?([\d.]+) to ([\d.]+)", seen)
-    assert len(bands) >= 1 and len(bands) == len(re.findall(r"[\d.]+ to [\d.]+", seen))
+    bands = re.findall(r"(share|gate score|value of BOS|of a letter) (?:of )?(\d\.\d+) to (\d\.\d+)", seen)
+    assert len(bands) >= 1 and len(bands) == len(re.findall(r"\d\.\d+ to \d", seen))
     for name, low, high in bands:
         column = row.get(name.replace(" ", "_"))
         values = column.split(" / ") if column else re.findall(rf"{name} ([\d.]+)", row["printed"])
