@@ -295,6 +295,8 @@ def run_side_by_side(todo, at_once, tick):
             connection.wait([process.sentinel for process in running], timeout=1)
             for process in [process for process in running if not process.is_alive()]:
                 running.remove(process)
+                if process.exitcode == 130:  # Ctrl-C, which came while this process was still starting others
+                    raise KeyboardInterrupt
                 if process.exitcode:
                     raise ValueError(f"a run ended with status {process.exitcode}, see above; finished runs "
                                      "stay")

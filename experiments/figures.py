@@ -91,7 +91,7 @@ def draw_sink(rows, curves):
         steps, mean, low, high = over_seeds(curves, name)
         axis.fill_between(steps, low, high, color=color, alpha=0.2, lw=0)
         axis.plot(steps, mean, line, color=color, lw=2)
-        beside(axis, steps[-1], mean[-1], f"{label}: {mean[-1]:.2f}", 0 if name == "none" else -8, color)
+        beside(axis, steps[-1], mean[-1], f"{label}: {mean[-1]:.2f}", 8 if name == "none" else -8, color)
     floor = rows["none"]["floor"]
     axis.axhline(floor, color="black", ls=":", lw=1)
     beside(axis, steps[-1], floor, f"uniform: {floor:.2f}", 6, "black")
@@ -192,7 +192,7 @@ def draw_layers(rows, layers):
     if not layers:
         return None
     first, depth = next(iter(rows.values())), len(next(iter(layers.values()))["all"])
-    size = max(6, 2.6 + 0.9 * depth), 0.21 * len(layers) + 1.2
+    size = max(6, 2.6 + 0.9 * depth), max(2.6, 0.21 * len(layers) + 1.2)
     figure, axes = plt.subplots(1, 2, sharey=True, figsize=size)
     for axis, which, floor, title in ((axes[0], "all", "floor", "all queries"),
                                       (axes[1], "late", "late_floor", "queries t $\\geq$ T/4")):

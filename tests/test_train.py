@@ -814,6 +814,7 @@ def breaks_at_once(message):
 @pytest.mark.parametrize("how", ["backend", "at once"])
 def test_where_compiling_fails_one_line_says_so_and_the_run_is_the_uncompiled_one(how, message, monkeypatch,
                                                                                   capsys):
+    torch._dynamo.reset()  # after many models in one process it would not even try
     fit(**WHOLE | dict(out="plain"))
     with monkeypatch.context() as patch:
         patch.setattr(torch, "compile", breaks_at_once(message) if how == "at once" else
