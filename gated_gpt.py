@@ -190,16 +190,19 @@ class Gate(nn.Module):
 
 
 def rope_table(config):
-    """cos and sin of position * frequency, each (block_size, 1, hs/2), for the half-split form of RoPE."""
+    """What rope multiplies with: cos and -sin, sin of position * frequency, (block_size, 1, hs) each."""
     frequency = config.rope_base ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)  # (hs/2,)
     angle = torch.arange(config.block_size)[:, None, None] * frequency  # (block_size, 1, hs/2)
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rope(h, cos, sin):
-    """Rotate channels i and i + hs/2 of h (B, T, heads, hs), as one pair, by the angle of their position."""
-    a, b = h.chunk(2, dim=-1)  # (B, T, heads, hs/2) each
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(h)  # cos is float32
+    """Rotate channels i and i + hs/2 of h (B, T, heads, hs), as one pair, by the angle of their position.
+
+    A pair (a, b) becomes (a cos - b sin, b cos + a sin); roll by half a head swaps the two.
+    """
+    return (h * cos + h.roll(h.size(-1) // 2, dims=-1) * sin).type_as(h)  # cos and sin are float32
 
 
 class SDPA(nn.Module):
@@ -421,7 +424,7 @@ class GPT(nn.Module):
             raise ValueError(f"{T} tokens do not fit into block_size={self.config.block_size}: give fewer, "
                              "or make a model with a larger one")
         at = cache.positions if cache else slice(T)
-        cos, sin = self.cos[at], self.sin[at]  # (T, 1, hs/2) each
+        cos, sin = self.cos[at], self.sin[at]  # (T, 1, hs) each
         x = self.dropout(self.embed(idx))  # (B, T, C)
         for block in self.blocks:
             x = block(x, cos, sin, cache)

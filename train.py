@@ -33,8 +33,6 @@ from typing import Literal, get_args, get_origin
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -241,10 +239,20 @@ def gathered(tree, keep):
         return {key: gathered(value, keep) for key, value in tree.items()}
     if isinstance(tree, list):
         return [gathered(value, keep) for value in tree]
-    if isinstance(tree, DTensor):
+    if hasattr(tree, "full_tensor"):  # a DTensor
         whole = tree.full_tensor()
         return whole.cpu() if keep else None
     return tree
+
+
+def scattered(saved, optimizer):
+    """An optimizer's saved state with its moments spread over the processes as its parameters are."""
+    from torch.distributed.tensor import distribute_tensor
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for p, moments in zip(parameters, saved["state"].values()):
+        moments |= {name: distribute_tensor(value, p.device_mesh, p.placements)
+                    for name, value in moments.items() if value.shape == p.shape}
+    return saved
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -514,6 +522,7 @@ class Run:
     def place(self, model):
         """The model onto the device, whole or as this process's shard, and its optimizers."""
         if self.c.shard:
+            from torch.distributed.fsdp import fully_shard  # half a second that others need not wait
             mesh = dist.init_device_mesh(self.device.type, (self.ranks,))
             for part in (*model.blocks, model):  # block by block: never more than one of them is whole there
                 fully_shard(part, mesh=mesh)
@@ -544,11 +553,7 @@ class Run:
                                  f"the optimizer of {path}; leave --{name} out, or start a new run")
         self.place(model)
         for optimizer, saved in zip(self.optimizers, self.state.pop("optimizers"), strict=True):
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            for p, moments in zip(parameters, saved["state"].values()) if self.c.shard else ():
-                moments |= {name: distribute_tensor(value, p.device_mesh, p.placements)
-                            for name, value in moments.items() if value.shape == p.shape}
-            optimizer.load_state_dict(saved)
+            optimizer.load_state_dict(scattered(saved, optimizer) if self.c.shard else saved)
 
     def describe(self, **machine):
         c, model, T = self.c, self.model, self.model.config.block_size
