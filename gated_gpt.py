@@ -10,8 +10,7 @@ Multiply what attention returns by a gate that looks at the current token,
 and a head can close instead. The sink goes, and in the paper the model gets better, too.
 
 Reading order: GPTConfig -> Gate -> Attention.forward, where all five places of a gate stand on one screen ->
-Block -> GPT -> measure, which reads the sink from outside, through hooks. At the end: checkpoints, and the
-models that the paper's authors released.
+Block -> GPT -> measure, which reads the sink from outside, through hooks -> checkpoints.
 
 Names, in the shapes below and in the paper:
     B, T   batch, time (tokens in a window)      C    channels, n_embd (the paper's d_model)
@@ -25,7 +24,6 @@ Names, in the shapes below and in the paper:
     G2, G3, G4   gates on the values, keys, queries;  G5   gate on the output of o_proj
 """
 import dataclasses
-import json
 import math
 import os
 import zipfile
@@ -33,7 +31,6 @@ import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 import torch
@@ -468,11 +465,13 @@ class GPT(nn.Module):
 
     @staticmethod
     def from_pretrained(folder, block_size=None, dtype=None):
-        """The released model in `folder`, its layout as well as its options: see load_released."""
+        """The model in a folder of the released ones' layout: see load_released in data/released.py."""
+        from data.released import load_released
         return load_released(folder, block_size, dtype)
 
     def save_pretrained(self, folder):
-        """Write the model to `folder` in the layout of the released ones: see save_released."""
+        """Write the model to a folder, in the layout of the released ones: see save_released in there."""
+        from data.released import save_released
         save_released(self, folder)
 
 
@@ -652,151 +651,3 @@ def load_checkpoint(path, device="cpu"):
         raise ValueError(f"{path} holds weights that are not finite, which train.py never saves: name "
                          "another one, or train again")
     return model.to(device), state
-
-
-# ----------------------------------------------------------------------------------------------------
-# The released models: folders with config.json and safetensors, in the names of Hugging Face's Qwen3
-
-RELEASED_CONFIG = {  # our field: their key in config.json
-    "vocab_size": "vocab_size", "block_size": "max_position_embeddings", "n_layer": "num_hidden_layers",
-    "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size",
-    "head_dim": "head_dim", "mlp_hidden": "intermediate_size", "rope_base": "rope_theta",
-    "qk_norm": "use_qk_norm", "norm_eps": "rms_norm_eps", "tie_embeddings": "tie_word_embeddings"}
-RELEASED_FIXED = {"model_type": "qwen3", "hidden_act": "silu", "use_sliding_window": False,  # or not there
-                  "rope_scaling": None, "rope_parameters": None, "quantization_config": None}
-GATE_FLAGS = "headwise_attn_output_gate", "elementwise_attn_output_gate"
-RELEASED_GATES = {"none": (False, False), "g1": (False, True), "g1-headwise": (True, False)}
-RELEASED_PARTS = {  # a part of our parameters' names: theirs, where it is another
-    "embed": "model.embed_tokens", "blocks": "model.layers", "attn_norm": "input_layernorm",
-    "attn": "self_attn", "mlp_norm": "post_attention_layernorm", "norm": "model.norm"}
-
-
-def released_name(name):
-    """blocks.0.attn_norm.weight -> model.layers.0.input_layernorm.weight"""
-    return ".".join(RELEASED_PARTS.get(part, part) for part in name.split("."))
-
-
-def join_queries(queries, gate, nkv):
-    """The fused q_proj: for each of the nkv key/value heads the rows of its queries, then of their gates."""
-    return torch.cat([w.unflatten(0, (nkv, -1)) for w in (queries, gate)], dim=1).flatten(0, 1)
-
-
-def split_queries(fused, nkv, rows):
-    """The way back: (`rows` rows of queries, the rows of their gates)."""
-    groups = fused.unflatten(0, (nkv, -1))  # (nkv, rows that belong to one key/value head, C)
-    return groups[:, : rows // nkv].flatten(0, 1), groups[:, rows // nkv :].flatten(0, 1)
-
-
-def released_tensors(model):
-    """{their name: tensor} of a model; a tied head is there once, as the embedding."""
-    own, nkv = dict(model.named_parameters()), model.config.n_kv_head
-    gate = {name.replace("gate.gate_proj", "q_proj"): p for name, p in own.items() if ".attn.gate." in name}
-    return {released_name(name): join_queries(p, gate[name], nkv) if name in gate else p
-            for name, p in own.items() if ".attn.gate." not in name}
-
-
-def safetensors_package():
-    try:
-        import safetensors.torch  # asked for only here
-        return safetensors
-    except ImportError:
-        raise ValueError("the files of released models need safetensors: pip install safetensors") from None
-
-
-def released_config(folder):
-    """The GPTConfig of a released folder. ValueError names what config.json lacks or asks for in vain."""
-    path, types = Path(folder, "config.json"), {f.name: f.type for f in dataclasses.fields(GPTConfig)}
-    try:
-        asked = {"use_qk_norm": True, **dict.fromkeys(GATE_FLAGS, False), **json.loads(path.read_bytes())}
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} can't be read ({error}): name the folder of a released model") from None
-    gate = [name for name, flags in RELEASED_GATES.items() if flags == tuple(map(asked.get, GATE_FLAGS))]
-    wrong = [key for key, only in RELEASED_FIXED.items() if asked.get(key) not in (only, None)]
-    wrong += [key for name, key in RELEASED_CONFIG.items()
-              if not isinstance(asked.get(key, ""), float | int if types[name] is float else types[name])]
-    wrong += () if gate else GATE_FLAGS
-    try:
-        if wrong:
-            raise ValueError(", ".join(f"{k}={asked[k]!r}" if k in asked else f"no {k}" for k in wrong))
-        fields = {name: asked[key] for name, key in RELEASED_CONFIG.items()}
-        gate, _, kind = gate[0].partition("-")
-        return GPTConfig(**fields, gate=gate, gate_kind=kind or "elementwise")
-    except ValueError as error:
-        raise ValueError(f"{path} describes a model that gated_gpt.py can't make: {error}") from None
-
-
-def released_files(folder):
-    """{their name: tensor} of a folder's weights, in one file or in shards; mapped from disk, not read."""
-    load_file, path, tensors = safetensors_package().torch.load_file, Path(folder, "model.safetensors"), {}
-    names = [path.name]
-    try:
-        if not path.exists():
-            path = Path(folder, "model.safetensors.index.json")
-            names = sorted(set(json.loads(path.read_bytes())["weight_map"].values()))
-        for path in [Path(folder, Path(name).name) for name in names]:
-            shard = load_file(path)
-            if twice := shard.keys() & tensors.keys():
-                raise ValueError(f"{min(twice)} is in another shard, too")
-            tensors |= shard
-    except Exception as error:  # safetensors and JSON raise what the bytes lead them to
-        raise ValueError(f"{path} can't be read ({error}): download it again") from None
-    return tensors
-
-
-def load_released(folder, block_size=None, dtype=None):
-    """The model in a released folder, on the CPU. ValueError says which tensors do not fit its config.json.
-
-    block_size: another window than max_position_embeddings. dtype: torch.float32 or torch.bfloat16; by
-    default bfloat16 if that is what the files hold.
-    """
-    config, tensors = released_config(folder), released_files(folder)
-    config = dataclasses.replace(config, block_size=block_size or config.block_size)
-    with torch.device("meta"):
-        model = GPT(config)
-    expected, wrong = released_tensors(model), []
-    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-    if config.tie_embeddings and {head, embedding} <= tensors.keys():  # some programs write a tied head, too
-        if not torch.equal(tensors.pop(head), tensors[embedding]):
-            wrong.append(f"tie_word_embeddings=True, but {head} is not {embedding}")
-    wrong += [f"no {name}" for name in expected if name not in tensors]
-    wrong += [f"no place for {name}" for name in tensors if name not in expected]
-    wrong += [f"{name} {list(tensors[name].shape)}, not {list(p.shape)}" for name, p in expected.items()
-              if tensors.get(name, p).shape != p.shape]
-    wrong += [f"{name} in {t.dtype}" for name, t in tensors.items() if not t.is_floating_point()]
-    if wrong:
-        raise ValueError(f"{folder}: the weights do not fit config.json: " + ", ".join(wrong[:8])
-                         + f" and {len(wrong) - 8} more" * (len(wrong) > 8))
-    bf16 = all(t.dtype == torch.bfloat16 for t in tensors.values())
-    dtype = dtype or (torch.bfloat16 if bf16 else torch.float32)
-    weights = {}
-    for name, _ in model.named_parameters():
-        if ".attn.gate." not in name:  # a gate comes with its queries
-            weights[name] = tensors.pop(released_name(name)).to(dtype, copy=True)
-        if name.endswith("q_proj.weight") and config.gate != "none":
-            weights[name], weights[name.replace("q_proj", "gate.gate_proj")] = split_queries(
-                weights[name], config.n_kv_head, config.n_head * config.head_dim)
-    return GPT.with_weights(config, weights)
-
-
-def save_released(model, folder):
-    """Write config.json and model.safetensors, as load_released and the authors' code read them.
-
-    Raises ValueError for a model that the layout has no words for, OSError when it can't be written.
-    """
-    c, package, path = model.config, safetensors_package(), Path(folder, "config.json")
-    if c.variant not in RELEASED_GATES or c.norm != "pre" or c.n_expert:
-        raise ValueError(f"gate variant {c.variant}, norm={c.norm}, n_expert={c.n_expert}: the layout has "
-                         f"{', '.join(RELEASED_GATES)}, norm=pre and no experts only; use save_checkpoint")
-    says = {key: only for key, only in RELEASED_FIXED.items() if only is not None}
-    says |= {key: getattr(c, name) for name, key in RELEASED_CONFIG.items()}
-    says |= dict(zip(GATE_FLAGS, RELEASED_GATES[c.variant]), architectures=["Qwen3ForCausalLM"],
-                 qkv_bias=False, attention_bias=False, torch_dtype=str(model.embed.weight.dtype)[6:])
-    tensors = {name: p.detach().cpu().contiguous() for name, p in released_tensors(model).items()}
-
-    def write_config(temporary):
-        Path(temporary).write_text(json.dumps(says, indent=2) + "\n", encoding="utf-8")
-        path.unlink(missing_ok=True)  # a kill between the two moves leaves no config.json rather than the old
-
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    write_weights = partial(package.torch.save_file, tensors, metadata={"format": "pt"})
-    write_whole({Path(folder, "model.safetensors"): write_weights, path: write_config})

@@ -3,6 +3,7 @@ What things cost: one command for each table, which is printed and written to ex
 
     python experiments/speed.py train       training steps, with and without the gate
     python experiments/speed.py to_loss     wall time until nanoGPT's validation loss is reached
+    python experiments/speed.py optimizers  the same for AdamW and Muon, on the laptop preset
     python experiments/speed.py sample      new tokens a second, and how soon the first one comes
     python experiments/speed.py gate        what every gate adds: forward, training step, decoding
     python experiments/speed.py measure     memory and time of measure, beside a plain forward
@@ -212,8 +213,15 @@ def training_table(flags, values):
         + ", ".join(f"{name} {size:,}" for name, size in sizes.items()) + ".\n")
 
 
-RECIPE = ("--preset=laptop --block_size=64 --batch_size=12 --optimizer=muon --learning_rate=3e-3 "
-          "--max_steps=400 --eval_every=50 --no-attn_share --keep=best")
+SHORT = ("--data=shakespeare --preset=laptop --block_size=64 --batch_size=16 --learning_rate=7e-3 "
+         "--warmup_steps=20 --min_lr_ratio=0 --no-attn_share --keep=best")
+RECIPES = {  # {row: flags of train.py} of to_loss; the first has the sizes of nanoGPT's command
+    "same sizes": f"{SHORT} --max_steps=220 --eval_every=110",
+    "smaller": f"{SHORT} --max_steps=220 --eval_every=110 --n_layer=3 --n_head=2 --n_kv_head=1 "
+               "--mlp_hidden=256"}
+LAPTOP = {  # of optimizers, each at the best of the learning rates that were tried
+    "adamw": "--preset=laptop --optimizer=adamw --learning_rate=4e-3 --eval_every=25 --no-attn_share",
+    "muon": "--preset=laptop --eval_every=25 --no-attn_share"}
 THEIRS = ("config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 "
           "--block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 "
           "--lr_decay_iters=2000 --dropout=0.0")  # the command in nanoGPT's README for a CPU
@@ -249,49 +257,74 @@ def later_loss(model, meta, tokens):
     return F.cross_entropy(model.eval()(idx)[0][:, 1:].flatten(0, 1), targets[:, 1:].flatten()).item()
 
 
-def to_loss_table(flags, values):
-    """Wall time of whole commands until they reach a validation loss on Tiny Shakespeare."""
-    shakespeare, theirs = prepare.load("shakespeare"), Path(flags.nanogpt).resolve()
-    for name in ("train.py", "data/shakespeare_char/train.bin", "data/shakespeare_char/meta.pkl"):
-        if not (theirs / name).is_file():
-            raise ValueError(f"nanogpt={flags.nanogpt} has no {name}: name a clone of nanoGPT in which "
-                             "data/shakespeare_char/prepare.py has run (it takes Tiny Shakespeare from "
-                             "input.txt beside it, or from the network)")
-    found, later = {"nanoGPT": [], "ours": []}, []
-    with tempfile.TemporaryDirectory() as out:
-        for seed in tqdm(range(flags.seeds), unit="seed", leave=False, disable=None):
-            ours = Path(out, str(seed))
-            for name, folder, command in (
-                    ("nanoGPT", theirs, ["train.py", *shlex.split(flags.theirs), f"--out_dir={out}/theirs"]),
-                    ("ours", out, [str(ROOT / "train.py"), "--data=shakespeare", "--device=cpu",
-                                   *shlex.split(flags.recipe), f"--seed={seed}", f"--out={ours}"])):
-                found[name].append(watch(command, folder, LOSSES[name], flags.target))
-            later.append(later_loss(load_checkpoint(checkpoint_in(ours, "best"))[0], *shakespeare))
-    whole = {name: [took for _, took, _ in runs] for name, runs in found.items()}
-    until = {name: [reached for reached, *_ in runs] for name, runs in found.items()}
-    until["nanoGPT"] = [min(pair) for pair in zip(until["nanoGPT"], whole["nanoGPT"])]
-    ends = {name: [loss for *_, loss in runs] for name, runs in found.items()}
-    ends = "\n".join(f"- {name}: {' '.join(f'{loss:.4f}' for loss in losses)}"
-                     for name, losses in {**ends, "ours, from token 2 on": later}.items())
-    return f"""Until a validation loss of {flags.target} or less is printed, from the start of the command:
+def race(runs, flags):
+    """Markdown: who reaches flags.target when. runs: {name: (folder, command of a seed, pattern of losses)}"""
+    found = {name: [] for name in runs}
+    for seed in tqdm(range(flags.seeds), unit="seed", leave=False, disable=None):
+        for name, (folder, command, pattern) in runs.items():
+            found[name].append(watch(command(seed), folder, pattern, flags.target))
+    until, whole, last = ({name: [run[i] for run in mine] for name, mine in found.items()}
+                          for i in range(3))
+    first = next(iter(runs))
+    until[first] = [min(pair) for pair in zip(until[first], whole[first])]
+    ends = "".join(f"- {name}: {' '.join(f'{loss:.4f}' for loss in mine)}\n" for name, mine in last.items())
+    return f"""Until a validation loss of {flags.target} or less is printed, from the start of the command, with
+its imports. Inf: not reached; {first} then counts with its whole time.
 
 {ratio_table("s", until)}
 The whole command:
 
 {ratio_table("s", whole)}
-The last losses, round by round:
+The last losses, round by round, for each seed from 0 on:
 
-{ends}
+{ends}"""
 
-nanoGPT: `python train.py {flags.theirs}`. Its seed is fixed, so its runs differ in
-time only; one that ends above the target counts with its whole time. Its loss is a mean over random windows,
-of tokens 2 to 65, each after 1 to 64 others.
 
-Ours: `python train.py --data=shakespeare {flags.recipe}`, a seed each; inf: not
-reached. Our loss is a mean over fixed windows of the same text, of tokens 1 to T behind BOS. Token 1 must be
-guessed from nothing, so ours is the harder count; the last line leaves it out, for the best checkpoint.
+def ours_for(recipes, out):
+    """`runs` of race for {name: flags of train.py}; the runs end up in `out`/name-seed."""
+    def commands(name):
+        return lambda seed: [str(ROOT / "train.py"), "--device=cpu", *shlex.split(recipes[name]),
+                             f"--seed={seed}", f"--out={Path(out, f'{name}-{seed}')}"]
 
-In both a token is a byte, and both clocks run from the start of the command, imports included.
+    return {name: (out, commands(name), LOSSES["ours"]) for name in recipes}
+
+
+def said(recipes):
+    return "".join(f"- {name}: `python train.py {recipe}`\n" for name, recipe in recipes.items())
+
+
+def optimizers_table(flags, values):
+    """Wall time until the laptop preset reaches a validation loss, with AdamW and with Muon."""
+    recipes = {"ours": flags.recipe} if flags.recipe else LAPTOP
+    with tempfile.TemporaryDirectory() as out:
+        return race(ours_for(recipes, out), flags) + "\n" + said(recipes)
+
+
+def to_loss_table(flags, values):
+    """Wall time of nanoGPT and of ours until a validation loss on Tiny Shakespeare is reached."""
+    shakespeare, theirs = prepare.load("shakespeare"), Path(flags.nanogpt).resolve()
+    recipes = {"ours": flags.recipe} if flags.recipe else RECIPES
+    for name in ("train.py", "data/shakespeare_char/train.bin", "data/shakespeare_char/meta.pkl"):
+        if not (theirs / name).is_file():
+            raise ValueError(f"nanogpt={flags.nanogpt} has no {name}: name a clone of nanoGPT in which "
+                             "data/shakespeare_char/prepare.py has run (it takes Tiny Shakespeare from "
+                             "input.txt beside it, or from the network)")
+    with tempfile.TemporaryDirectory() as out:
+        command = ["train.py", *shlex.split(flags.theirs), f"--out_dir={out}/theirs"]
+        table = race({"nanoGPT": (theirs, lambda seed: command, LOSSES["nanoGPT"])} | ours_for(recipes, out),
+                     flags)
+        for name in recipes:
+            models = (load_checkpoint(checkpoint_in(Path(out, f"{name}-{seed}"), "best"))[0]
+                      for seed in range(flags.seeds))
+            later = " ".join(f"{later_loss(model, *shakespeare):.4f}" for model in models)
+            table += f"- {name}, from token 2 on: {later}\n"
+    return f"""{table}
+- nanoGPT: `python train.py {flags.theirs}`
+{said(recipes)}
+nanoGPT's seed is fixed: its runs differ in time only. Its loss is a mean over random windows, of tokens 2
+to 65, each after 1 to 64 others. Ours is one over fixed windows of the same text, tokens 1 to T behind BOS.
+Token 1 must be guessed from nothing, so ours is the harder count; "from token 2 on" leaves it out, for the
+best checkpoint. In both a token is a byte.
 """
 
 
@@ -475,7 +508,9 @@ TRAINING = "rounds seconds device dtype compile threads data batch_size"
 TABLES = {
     "train": Table(training_table, f"{TRAINING} nanogpt", dict(
         data="backcopy", n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12)),  # as THEIRS
-    "to_loss": Table(to_loss_table, "nanogpt target seeds recipe theirs threads", dict(device="cpu")),
+    "to_loss": Table(to_loss_table, "nanogpt target seeds recipe theirs threads",
+                     dict(device="cpu", target=1.8857)),
+    "optimizers": Table(optimizers_table, "target seeds recipe threads", dict(device="cpu", target=4.0)),
     "sample": Table(sampling_table, "rounds seconds nanogpt tokens positions device threads", dict(
         vocab_size=257, n_layer=6, n_head=6, n_embd=384, block_size=1024)),
     "gate": Table(gate_table, f"{TRAINING} variants", dict(
@@ -493,10 +528,10 @@ FLAGS = {
     "tokens": dict(type=int, default=1000, help="new tokens of a text [%(default)s]"),
     "positions": dict(type=int, default=20, help="of nanoGPT's tokens, how many are timed [%(default)s]"),
     "variants": dict(help="some of compare_gates.py's, such as g1,g2 [all]"),
-    "target": dict(type=float, default=1.8857, help="validation loss to reach [%(default)s]"),
+    "target": dict(type=float, help="validation loss to reach [%(default)s]"),
     "seeds": dict(type=int, default=3, help="runs of each side [%(default)s]"),
-    "recipe": dict(default=RECIPE, help="our flags [%(default)s]"),
-    "theirs": dict(default=THEIRS, help="nanoGPT's flags [%(default)s]"),
+    "recipe": dict(metavar="FLAGS", help="flags of train.py, instead of ours"),
+    "theirs": dict(metavar="FLAGS", default=THEIRS, help="nanoGPT's flags [as in its README]"),
 }
 
 
@@ -512,6 +547,7 @@ def parse_flags(argv):
         for flag in own.split():
             if flag in FLAGS:
                 sub.add_argument(f"--{flag}", **FLAGS[flag])
+        sub.set_defaults(**{flag: value for flag, value in sizes.items() if flag in FLAGS})
         shown = {*own.split(), *(model if "n_layer" in sizes else ())}
         if name in ("train", "gate"):  # which decide about the gate themselves
             shown -= DECIDED - {"data", "vocab_size"}
@@ -545,7 +581,7 @@ def main(argv=None):
 
 - command: `python experiments/speed.py {shlex.join(argv)}`
 - machine: {device} ({chip}), CPU threads: {torch.get_num_threads()}, torch {torch.__version__}
-- {dtype}{', compiled' * bool(compiled)}: {' '.join(f'{k}={v}' for k, v in values.items())}
+- {dtype}{', compiled' * bool(compiled)}: {' '.join(f'{k}={v}' for k, v in values.items() if k not in FLAGS)}
 
 {body}"""
     if hasattr(flags, "rounds"):

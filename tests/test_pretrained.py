@@ -5,6 +5,7 @@ The folders are built here from the description of the layout, and the reference
 in plain loops, row by row of the fused q_proj: nothing of gated_gpt.py is asked what the layout is.
 """
 import cmath
+import hashlib
 import json
 import math
 import os
@@ -296,6 +297,49 @@ def test_both_gates_at_once_contradict_each_other(tmp_path):
     assert "headwise_attn_output_gate=True" in said and "elementwise_attn_output_gate=True" in said
 
 
+@pytest.mark.parametrize("changes", [
+    dict(vocab_size=10**30), dict(max_position_embeddings=10**13), dict(num_hidden_layers=10**9),
+    dict(num_hidden_layers=10**6), dict(hidden_size=10**400), dict(rope_theta=10**400),
+    dict(rms_norm_eps=float("inf")), dict(rope_theta=float("nan"))], ids=lambda changes: next(iter(changes)))
+def test_a_config_with_absurd_numbers_is_refused_before_anything_is_made(changes, tmp_path):
+    write_folder(tmp_path, drawn_tensors(CONFIG), **changes)
+    (key, value), said = *changes.items(), refusal(tmp_path)
+    ours = {"rms_norm_eps": "norm_eps"}.get(key, key)
+    assert f"{key}={value!r}" in said or f"{ours}={value!r}" in said or f"rope_base={value!r}" in said
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    tensors = drawn_tensors(CONFIG)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = math.nan
+    write_folder(tmp_path, tensors)
+    assert "not finite" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_saved_folder_whose_file_has_changed_is_refused_by_its_checksum(name, tmp_path):
+    tiny().save_pretrained(tmp_path)
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    assert f"{tmp_path / name} " in (said := refusal(tmp_path)) and "SHA256SUMS" in said
+
+
+def test_a_download_is_held_against_the_checksum_that_came_with_it(tmp_path):
+    """`huggingface-cli download --local-dir` notes the commit, the checksum and the time of each file."""
+    folder = tmp_path / "1B_baseline"
+    folder.mkdir()
+    write_folder(folder)
+    file, note = folder / "model.safetensors", tmp_path / ".cache/huggingface/download/1B_baseline"
+    note.mkdir(parents=True)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    (note / "model.safetensors.metadata").write_text(f"{'a' * 40}\n{digest}\n1732500000.0\n")
+    (note / "config.json.metadata").write_text(f"{'a' * 40}\n{'b' * 40}\n1732500000.0\n")  # no SHA-256
+    GPT.from_pretrained(folder)
+    with open(file, "rb+") as weights:
+        weights.seek(-7, os.SEEK_END)
+        weights.write(b"!")
+    assert "SHA-256" in refusal(folder)
+
+
 @pytest.mark.parametrize("key", ["hidden_size", "head_dim", "rope_theta", "tie_word_embeddings"])
 def test_a_key_that_is_missing_is_named(key, tmp_path):
     config, _ = write_folder(tmp_path)
@@ -446,7 +490,8 @@ def test_a_round_trip_is_exact_bit_for_bit(fields, dtype, tmp_path):
     ours, theirs = model.state_dict(), loaded.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) and theirs[name].dtype == dtype for name in ours)
-    assert sorted(os.listdir(tmp_path / "new" / "folder")) == ["config.json", "model.safetensors"]
+    assert {path.name for path in (tmp_path / "new" / "folder").iterdir()} == {
+        "SHA256SUMS", "config.json", "model.safetensors"}
 
 
 @pytest.mark.parametrize("fields", SAVED, ids=str)
@@ -498,7 +543,7 @@ def test_saving_again_replaces_the_model(tmp_path):
     assert torch.equal(logits(GPT.from_pretrained(tmp_path)), logits(other))
 
 
-def test_a_save_that_stops_between_its_two_files_leaves_no_config_of_the_old_model(tmp_path, monkeypatch):
+def test_a_save_that_stops_between_its_files_is_found_out_by_their_checksums(tmp_path, monkeypatch):
     tiny().save_pretrained(tmp_path)
     replace, moved = os.replace, []
 
@@ -510,8 +555,8 @@ def test_a_save_that_stops_between_its_two_files_leaves_no_config_of_the_old_mod
 
     monkeypatch.setattr(os, "replace", replace_once)
     with pytest.raises(KeyboardInterrupt):
-        tiny(rope_base=7.0).save_pretrained(tmp_path)
-    assert "config.json" in refusal(tmp_path)
+        tiny(rope_base=7.0, n_layer=1).save_pretrained(tmp_path)
+    assert "model.safetensors" in (said := refusal(tmp_path)) and "SHA-256" in said
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -531,4 +576,4 @@ def test_a_full_disk_is_an_oserror_and_leaves_the_old_model_whole(limit, tmp_pat
             os._exit(2)
     assert os.waitpid(child, 0)[1] == 0
     assert torch.equal(logits(GPT.from_pretrained(tmp_path)), logits(tiny()))
-    assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
+    assert sorted(os.listdir(tmp_path)) == ["SHA256SUMS", "config.json", "model.safetensors"]

@@ -319,8 +319,9 @@ def test_two_trainings_race_to_a_loss(tmp_path, clone, data_root, use_data, monk
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(speed, "ROOT", tmp_path)
     use_data(tmp_path / "data")
-    recipe = ("--n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 --eval_windows=8 "
-              "--learning_rate=3e-2 --warmup_steps=0 --max_steps=30 --eval_every=10 --no-attn_share")
+    recipe = ("--data=shakespeare --n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 "
+              "--eval_windows=8 --learning_rate=3e-2 --warmup_steps=0 --max_steps=30 --eval_every=10 "
+              "--no-attn_share")
     text = run("to_loss", f"--nanogpt={clone}", f"--recipe={recipe}", "--target=4.5", "--seeds=1")
     until, whole = rows(text)
     assert until["nanoGPT"][-1] == whole["nanoGPT"][-1] == "base"
@@ -330,7 +331,7 @@ def test_two_trainings_race_to_a_loss(tmp_path, clone, data_root, use_data, monk
     ours, its_way = (float(re.search(rf"\n- {name}: ([\d.]+)\n", text)[1])
                      for name in ("ours", "ours, from token 2 on"))
     assert 0 < its_way < ours < 4.5
-    assert f"--data=shakespeare {recipe}" in text and speed.THEIRS in text
+    assert f"- ours: `python train.py {recipe}`\n- " not in text and recipe in text and speed.THEIRS in text
 
 
 @pytest.mark.parametrize("flags, message", [
