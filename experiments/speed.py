@@ -258,7 +258,7 @@ def later_loss(model, meta, tokens):
 
 
 def race(runs, flags):
-    """Markdown: who reaches flags.target when. runs: {name: (folder, command of a seed, pattern of losses)}"""
+    """Markdown: who reaches flags.target when. runs: {name: (folder, command of a seed, losses' pattern)}"""
     found = {name: [] for name in runs}
     for seed in tqdm(range(flags.seeds), unit="seed", leave=False, disable=None):
         for name, (folder, command, pattern) in runs.items():
@@ -268,8 +268,8 @@ def race(runs, flags):
     first = next(iter(runs))
     until[first] = [min(pair) for pair in zip(until[first], whole[first])]
     ends = "".join(f"- {name}: {' '.join(f'{loss:.4f}' for loss in mine)}\n" for name, mine in last.items())
-    return f"""Until a validation loss of {flags.target} or less is printed, from the start of the command, with
-its imports. Inf: not reached; {first} then counts with its whole time.
+    return f"""Until a validation loss of {flags.target} or less is printed, from the start of the command. Inf: not
+reached; {first} then counts with its whole time.
 
 {ratio_table("s", until)}
 The whole command:
