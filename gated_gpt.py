@@ -342,8 +342,8 @@ class KVCache:
 
     def __init__(self, model, batch, length=None):
         c = model.config
-        size = (2, c.n_layer, batch, length or c.block_size, c.n_kv_head, c.head_dim)
-        self.k, self.v = model.embed.weight.new_zeros(size)  # each (n_layer, B, length, nkv, hs)
+        size = (batch, length or c.block_size, c.n_kv_head, c.head_dim)
+        self.k, self.v = ([model.embed.weight.new_zeros(size) for _ in model.blocks] for _ in "kv")
         self.positions = None
 
     def extend(self, layer, k, v):
@@ -352,9 +352,9 @@ class KVCache:
         self.v[layer].index_copy_(1, self.positions, v)
         # A CPU reads the filled part only; a GPU and a compiled model read it all, so that no shape changes.
         only_filled = k.is_cpu and not torch.compiler.is_compiling()
-        S = int(self.positions[-1]) + 1 if only_filled else self.k.size(2)
+        S = int(self.positions[-1]) + 1 if only_filled else self.k[layer].size(1)
         mask = torch.arange(S, device=k.device) <= self.positions[:, None]
-        return self.k[layer, :, :S], self.v[layer, :, :S], mask
+        return self.k[layer][:, :S], self.v[layer][:, :S], mask
 
 
 class GPT(nn.Module):

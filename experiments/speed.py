@@ -268,7 +268,7 @@ def race(runs, flags):
     first = next(iter(runs))
     until[first] = [min(pair) for pair in zip(until[first], whole[first])]
     ends = "".join(f"- {name}: {' '.join(f'{loss:.4f}' for loss in mine)}\n" for name, mine in last.items())
-    return f"""Until a validation loss of {flags.target} or less is printed, from the start of the command. Inf: not
+    return f"""From the start of the command until it prints a validation loss of {flags.target} or less. Inf: not
 reached; {first} then counts with its whole time.
 
 {ratio_table("s", until)}
@@ -535,6 +535,14 @@ FLAGS = {
 }
 
 
+def chip(device):
+    """The name of the processor, as far as it is known."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    told = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
+    return (re.search(r"^model name\s*: (.+)$", told, re.MULTILINE) or [0, platform.machine()])[1]
+
+
 def parse_flags(argv):
     """(flags, the fields of the two configs that were given)"""
     parser = argparse.ArgumentParser(prog="speed.py", description=__doc__, allow_abbrev=False,
@@ -575,12 +583,11 @@ def main(argv=None):
     with (torch._dynamo.config.patch(recompile_limit=1000, automatic_dynamic_shapes=False) if compiled
           else contextlib.nullcontext()):
         body = make(flags, values)
-    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     dtype = str(train.choose_dtype(c.dtype, device)[0]) if "dtype" in own.split() else "torch.float32"
     text = f"""# speed: {flags.table}
 
 - command: `python experiments/speed.py {shlex.join(argv)}`
-- machine: {device} ({chip}), CPU threads: {torch.get_num_threads()}, torch {torch.__version__}
+- machine: {device} ({chip(device)}), CPU threads: {torch.get_num_threads()}, torch {torch.__version__}
 - {dtype}{', compiled' * bool(compiled)}: {' '.join(f'{k}={v}' for k, v in values.items() if k not in FLAGS)}
 
 {body}"""
@@ -591,7 +598,8 @@ Rounds: {flags.rounds}, after {WARM_UP} calls to warm up; medians. In a round al
 one only. (Two in 2^{flags.rounds} candidates that equal their base would land on one side by chance.)
 """
     flags.results.mkdir(parents=True, exist_ok=True)
-    path = flags.results / f"speed_{flags.table}.md"
+    kind = f"_{device.type}" * (device.type != "cpu") + "_compiled" * bool(compiled)
+    path = flags.results / f"speed_{flags.table}{kind}.md"
     path.write_text(text)
     print(f"{text}\n{path}")
 
