@@ -144,9 +144,10 @@ def check_fields(config, **least):
         if get_origin(f.type) is Literal and value not in choices:
             raise ValueError(f"{f.name}={value!r} is not one of {', '.join(choices)}")
         if f.type in (int, int | None, float) and value is not None:
-            lowest = least.get(f.name, 0 if f.type is float else 1)
-            if not lowest <= value < math.inf:
-                raise ValueError(f"{f.name}={value} must be at least {lowest}, and finite")
+            lowest, limit = (0, 1e300) if f.type is float else (1, 2**63)
+            lowest = least.get(f.name, lowest)
+            if not lowest <= value < limit:
+                raise ValueError(f"{f.name}={value} must be at least {lowest} and below {limit:g}")
 
 
 # ----------------------------------------------------------------------------------------------------

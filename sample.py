@@ -13,6 +13,7 @@ import argparse
 import codecs
 import math
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -301,8 +302,11 @@ def run_main(main):
         sys.exit(141)
     except (ValueError, OSError, FloatingPointError) as error:
         end(2, f"{name}: {error}")
-    except torch.OutOfMemoryError:
-        end(2, f"{name}: the GPU's memory is full: try a smaller --batch_size (with more --grad_accum), "
+    except (MemoryError, RuntimeError) as error:
+        full = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not full and not re.search("allocate memory|overflow", str(error)):
+            raise
+        end(2, f"{name}: the memory is full: try a smaller --batch_size (with more --grad_accum), "
                "--block_size or --n_embd")
     except KeyboardInterrupt as interrupt:
         end(130, f"\n{name}: {interrupt or 'interrupted'}") if first else sys.exit(130)

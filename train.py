@@ -81,6 +81,8 @@ class TrainConfig:
         for name in ("beta1", "beta2"):
             if getattr(self, name) >= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be below 1")
+        if self.threads and self.threads > 1024:
+            raise ValueError(f"threads={self.threads} is more than 1024: a thread per core is enough")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite: go on with the run, or replace it, but not both")
 

@@ -145,9 +145,11 @@ def folder_tokenizer(folder):
         raise gone(f"tokenizer {folder!r} is not one of {', '.join(BOS)}, nor a folder that is there")
     try:
         if path.exists():
+            check_unchanged(path)
             vocab, merges, special, pattern, nfc = read_tokenizer_json(path)
         else:
-            path = Path(folder, "vocab.json")
+            for path in (Path(folder, "merges.txt"), Path(folder, "vocab.json")):
+                check_unchanged(path)
             vocab, merges, special, pattern, nfc = read_vocab_and_merges(Path(folder))
         ranks = checked_ranks(vocab, merges, special)
         # What the pattern does not match, tiktoken would drop; and no match may be empty (\G: its start).
@@ -161,6 +163,39 @@ def folder_tokenizer(folder):
         raise ValueError(f"{path} can't be used: {' '.join(str(error).split())}") from None
     except (LookupError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{path} is damaged, or no tokenizer of byte-level BPE: download it again") from None
+
+
+SUMS = "SHA256SUMS"  # as sha256sum writes it, and `sha256sum --check` reads it
+
+
+def checksum(path, kind="sha256", prefix=b""):
+    """Of `prefix` and a file, in hexadecimal; read piece by piece."""
+    digest = hashlib.new(kind, prefix, usedforsecurity=False)
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def check_unchanged(path):
+    """Raise ValueError if a file of a model's folder is not what it was when it was saved or downloaded.
+
+    What it was stands in SHA256SUMS, which save_pretrained writes, or in what `huggingface-cli download
+    --local-dir` keeps: in its second line the SHA-256 of a large file, Git's SHA-1 of a small one.
+    Without either nothing is known, as the formats have no checksums of their own.
+    """
+    path, cache = path.absolute(), ".cache/huggingface/download"
+    notes = {path.with_name(SUMS): rf"^([0-9a-f]{{64}}) [ *]{re.escape(path.name)}$"} | {
+        root / cache / path.relative_to(root).with_name(f"{path.name}.metadata"):
+            r"\A.*\n([0-9a-f]{64}|[0-9a-f]{40})$" for root in path.parents}
+    for note, pattern in notes.items():
+        if note.is_file() and (known := re.search(pattern, note.read_text(errors="replace"), re.MULTILINE)):
+            git = len(known[1]) == 40
+            found = checksum(path, *(("sha1", f"blob {path.stat().st_size}\0".encode()) if git else ()))
+            if found != known[1]:
+                raise ValueError(f"its checksum is not the one in {note}, so it has changed since; if that "
+                                 "was you, delete that note")
+            return
 
 
 def read_tokenizer_json(path):

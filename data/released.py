@@ -8,17 +8,15 @@ makes queries and gates at once. Tokenizers of such folders are data/prepare.py'
 Reading order: the tables of names -> join_queries -> load_released -> save_released.
 """
 import dataclasses
-import hashlib
 import json
-import re
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from data.prepare import SUMS, check_unchanged, checksum
 from gated_gpt import GPT, GPTConfig, is_finite, write_whole
 
-SUMS = "SHA256SUMS"  # as sha256sum writes it, and `sha256sum --check` reads it
 RELEASED_CONFIG = {  # our field: their key in config.json
     "vocab_size": "vocab_size", "block_size": "max_position_embeddings", "n_layer": "num_hidden_layers",
     "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size",
@@ -87,33 +85,6 @@ def released_config(folder):
         return GPTConfig(**fields, gate=gate, gate_kind=kind or "elementwise")
     except ValueError as error:
         raise ValueError(f"{path} describes a model that gated_gpt.py can't make: {error}") from None
-
-
-def sha256(path):
-    """In hexadecimal, read piece by piece."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def check_unchanged(path):
-    """Raise ValueError if a file is not what it was when save_released wrote it, or it was downloaded.
-
-    What it was stands in SHA256SUMS, or in what `huggingface-cli download --local-dir` keeps in .cache there.
-    Without either nothing is known: safetensors has no checksum of its own.
-    """
-    path, cache = path.absolute(), ".cache/huggingface/download"
-    notes = {path.with_name(SUMS): rf"^([0-9a-f]{{64}}) [ *]{re.escape(path.name)}$"}
-    for root in path.parents:  # commit, checksum, time; a small file has a checksum of another kind
-        notes[root / cache / path.relative_to(root).with_name(f"{path.name}.metadata")] = "^([0-9a-f]{64})$"
-    for note, pattern in notes.items():
-        if note.is_file() and (known := re.search(pattern, note.read_text(errors="replace"), re.MULTILINE)):
-            if known[1] != sha256(path):
-                raise ValueError(f"its SHA-256 is not the one in {note}, so it has changed since; if that "
-                                 "was you, delete that note")
-            return
 
 
 def released_files(folder):
@@ -194,7 +165,7 @@ def save_released(model, folder):
         Path(temporary).write_text(json.dumps(says, indent=2) + "\n", encoding="utf-8")
 
     def write_sums(temporary):  # after the others; a kill between two moves is found out by it
-        Path(temporary).write_text("".join(f"{sha256(f'{path}.tmp')}  {path.name}\n" for path in files))
+        Path(temporary).write_text("".join(f"{checksum(f'{path}.tmp')}  {path.name}\n" for path in files))
 
     Path(folder).mkdir(parents=True, exist_ok=True)
     files = {Path(folder, "model.safetensors"): partial(package.torch.save_file, tensors,

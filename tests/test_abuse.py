@@ -1,10 +1,13 @@
 """Claims about what a run survives. Tests are short, and have their full length with --long."""
 import contextlib
 import dataclasses
+import hashlib
 import io
+import itertools
 import math
 import multiprocessing
 import os
+import pickle
 import random
 import resource
 import shutil
@@ -22,7 +25,8 @@ from hypothesis import strategies as st
 import sample
 import train
 from data import prepare
-from gated_gpt import GPTConfig, load_checkpoint
+from experiments.soak import soak
+from gated_gpt import GPT, GPTConfig, load_checkpoint
 
 TINY = dict(data="tiny", block_size=8, n_layer=1, n_head=2, n_embd=16, batch_size=4, eval_windows=4,
             warmup_steps=2, learning_rate=1e-2, dropout=0.1, attn_share=True, out="run", device="cpu",
@@ -107,6 +111,23 @@ def test_a_full_disk_ends_a_run_with_a_sentence_and_the_checkpoint_of_before_is_
 # Damaged files
 
 
+class Code:
+    """Its pickle, when it is loaded without care, makes a file named `ran`."""
+
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+def saved(content):
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
+FOREIGN = [b"#!/bin/sh\nmkdir ran\n", b"PK\x03\x04", b"[1, 2]", b"\x80\x04N.", pickle.dumps(Code()),
+           saved(Code()), saved({"model": {}, "config": Code()}), saved({"model": {}, "iter_num": 3}), saved(torch.zeros(3))]
+
+
 def damage(path, dice):
     """Do to a file what disks, editors and people do; returns what it was."""
     content = path.read_bytes()
@@ -128,7 +149,7 @@ def damage(path, dice):
     elif kind == "folder":
         path.mkdir()
     elif kind == "swap":
-        path.write_bytes(dice.choice([b"#!/bin/sh\n", b"PK\x03\x04", b"[1, 2]", b"\x80\x04N."]))
+        path.write_bytes(dice.choice(FOREIGN))
     elif kind == "grow":
         path.write_bytes(content + dice.randbytes(dice.choice([1, 1000])))
     return kind
@@ -140,19 +161,24 @@ def whole_again(path, content):
     path.write_bytes(content)
 
 
-def looks_whole(read, undamaged):
-    """Whether read() gives what it gave before the damage; None if it is refused with one sentence."""
-    try:
-        return undamaged(read())
-    except (ValueError, OSError) as error:
-        assert str(error) and "\n" not in str(error) and "Traceback" not in str(error)
-        return None
+def refused_or_unharmed(path, read, unharmed, damages):
+    """Damage a file that often: each time read() is refused with one sentence, or gives what is unharmed."""
+    content, dice, refused = path.read_bytes(), random.Random(0), 0
+    for _ in range(damages):
+        kind = damage(path, dice)
+        try:
+            assert unharmed(read()), kind
+        except (ValueError, OSError) as error:
+            assert str(error) and "\n" not in str(error) and "Traceback" not in str(error)
+            refused += 1
+        whole_again(path, content)
+    assert refused > damages / 2 and not Path("ran").exists()
 
 
 def test_a_damaged_checkpoint_is_refused_or_unharmed(here, long):
     fit(max_steps=2, eval_every=2)
-    path, dice = Path("run/last.pt"), random.Random(0)
-    content, (model, state) = path.read_bytes(), load_checkpoint(path)
+    path = Path("run/last.pt")
+    model, state = load_checkpoint(path)
 
     def unharmed(loaded):
         other, more = loaded
@@ -160,36 +186,91 @@ def test_a_damaged_checkpoint_is_refused_or_unharmed(here, long):
                 and other.config == model.config and more["losses"] == state["losses"]
                 and str(more["optimizers"]) == str(state["optimizers"]))
 
-    refused = 0
-    for _ in range(1000 if long else 80):
-        kind = damage(path, dice)
-        found = looks_whole(lambda: load_checkpoint(path), unharmed)
-        assert found is not False, kind
-        refused += found is None
-        whole_again(path, content)
-    assert refused > 40
+    refused_or_unharmed(path, lambda: load_checkpoint(path), unharmed, 500 if long else 60)
 
 
 @pytest.mark.parametrize("name", ["train.bin", "val.bin", "meta.json"])
 def test_damaged_data_is_refused_or_unharmed(here, data_root, tmp_path, name, long):
     shutil.copytree(data_root, tmp_path / "copy")
-    path, dice = tmp_path / "copy/tiny" / name, random.Random(1)
-    content, before = path.read_bytes(), prepare.load("tiny", root=tmp_path / "copy")
+    before = prepare.load("tiny", root=tmp_path / "copy")
 
     def unharmed(loaded):
         meta, tokens = loaded
         same = all((tokens[split] == before[1][split]).all() for split in tokens)
         return same and meta["bos"] == before[0]["bos"]
 
-    refused = 0
-    for _ in range(300 if long else 40):
-        kind = damage(path, dice)
-        found = looks_whole(lambda: prepare.load("tiny", root=tmp_path / "copy"), unharmed)
-        assert found is not False, kind
-        refused += found is None
-        whole_again(path, content)
-    assert refused > 20
+    refused_or_unharmed(tmp_path / "copy/tiny" / name, lambda: prepare.load("tiny", root=tmp_path / "copy"),
+                        unharmed, 250 if long else 40)
 
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_damaged_model_in_the_released_layout_is_refused_or_unharmed(here, name, long):
+    pytest.importorskip("safetensors")
+    model = GPT(GPTConfig(vocab_size=40, n_layer=1, n_head=2, n_embd=16, block_size=8))
+    model.save_pretrained("folder")
+
+    def unharmed(other):
+        return other.config == model.config and all(
+            torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+    refused_or_unharmed(Path("folder", name), lambda: GPT.from_pretrained("folder"), unharmed,
+                        250 if long else 40)
+
+
+def test_a_damaged_tokenizer_that_was_downloaded_is_refused_or_unharmed(here, long):
+    """Beside it lies what `huggingface-cli download --local-dir` notes of it."""
+    trained, file = pytest.importorskip("test_pretrained_text").trained, Path("folder/tokenizer.json")
+    note = Path("folder/.cache/huggingface/download/tokenizer.json.metadata")
+    note.parent.mkdir(parents=True)
+    trained().save(str(file))
+    note.write_text(f"commit\n{hashlib.sha256(file.read_bytes()).hexdigest()}\n0.0\n")
+
+    def read():
+        prepare.get_tokenizer.cache_clear()
+        return prepare.get_tokenizer("./folder").encode("def naïve(x):\n    return 'スパム' + x  # 🙂")
+
+    tokens = read()
+    refused_or_unharmed(file, read, lambda found: found == tokens, 250 if long else 40)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Prompts of every kind
+
+
+PROMPTS = ["", "\0", "\x1b[2J\x07\r\b", "👩‍👩‍👧‍👦🏳️‍🌈", "ẛ̣ é", "\u202eRTL", "東京" * 300, "\n" * 5000,
+           "x" * 1_000_000]
+
+
+@pytest.mark.parametrize("data", ["tiny", "words"])
+def test_any_prompt_is_continued_and_sampling_ends(here, data, capsys):
+    fit(data=data, max_steps=2)
+    for prompt in PROMPTS:  # most are longer than block_size
+        capsys.readouterr()
+        sample.main(["--ckpt=run", f"--prompt={prompt}", "--tokens=30", "--samples=2"])
+        out = capsys.readouterr().out
+        assert out.count(f"--- 1 ---\n{prompt}") == out.count(f"--- 2 ---\n{prompt}") == 1
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@given(st.lists(st.integers(0, 255), max_size=40))
+def test_no_half_character_is_ever_printed(tokens):
+    """Whatever bytes a model makes: the pieces together are what decoding them all at once gives."""
+    pieces = list(sample.stream_text(tokens, prepare.get_tokenizer("bytes")))
+    assert "".join(pieces) == bytes(tokens).decode(errors="replace")
+    assert all(piece.encode().decode() == piece for piece in pieces)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Again and again
+
+
+def test_memory_and_open_files_do_not_grow_from_run_to_run(here):
+    """Two hours of it are in experiments/results/soak.csv."""
+    recipe = TINY | {"max_steps": 4, "eval_every": 2}
+    rows = list(itertools.islice(soak(math.inf, [recipe]), 12))
+    assert {row["files"] for row in rows} == {rows[0]["files"]}
+    assert {row["threads"] for row in rows} == {rows[0]["threads"]}
+    assert rows[-1]["rss_mb"] < rows[3]["rss_mb"] + 20
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -332,12 +332,17 @@ def test_a_download_is_held_against_the_checksum_that_came_with_it(tmp_path):
     note.mkdir(parents=True)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     (note / "model.safetensors.metadata").write_text(f"{'a' * 40}\n{digest}\n1732500000.0\n")
-    (note / "config.json.metadata").write_text(f"{'a' * 40}\n{'b' * 40}\n1732500000.0\n")  # no SHA-256
+    config = (folder / "config.json").read_bytes()  # a small file is noted with the name that Git gives it
+    digest = hashlib.sha1(b"blob %d\0" % len(config) + config).hexdigest()
+    (note / "config.json.metadata").write_text(f"{'a' * 40}\n{digest}\n1732500000.0\n")
     GPT.from_pretrained(folder)
+    (folder / "config.json").write_bytes(config + b" ")
+    assert "config.json" in (said := refusal(folder)) and "checksum" in said
+    (folder / "config.json").write_bytes(config)
     with open(file, "rb+") as weights:
         weights.seek(-7, os.SEEK_END)
         weights.write(b"!")
-    assert "SHA-256" in refusal(folder)
+    assert "model.safetensors" in (said := refusal(folder)) and "checksum" in said
 
 
 @pytest.mark.parametrize("key", ["hidden_size", "head_dim", "rope_theta", "tie_word_embeddings"])
@@ -556,7 +561,7 @@ def test_a_save_that_stops_between_its_files_is_found_out_by_their_checksums(tmp
     monkeypatch.setattr(os, "replace", replace_once)
     with pytest.raises(KeyboardInterrupt):
         tiny(rope_base=7.0, n_layer=1).save_pretrained(tmp_path)
-    assert "model.safetensors" in (said := refusal(tmp_path)) and "SHA-256" in said
+    assert "model.safetensors" in (said := refusal(tmp_path)) and "checksum" in said
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
