@@ -125,7 +125,7 @@ def saved(content):
 
 
 FOREIGN = [b"#!/bin/sh\nmkdir ran\n", b"PK\x03\x04", b"[1, 2]", b"\x80\x04N.", pickle.dumps(Code()),
-           saved(Code()), saved({"model": {}, "config": Code()}), saved({"model": {}, "iter_num": 3}), saved(torch.zeros(3))]
+           saved(Code()), saved({"model": Code()}), saved({"model": {}, "iter_num": 3}), saved(torch.zeros(3))]
 
 
 def damage(path, dice):

@@ -87,6 +87,15 @@ TABLES = {
 }
 
 
+@pytest.mark.parametrize("table", ["to_loss", "train", "train, compiled", "optimizers", "sample"])
+def test_the_tables_of_speed_are_those_that_were_recorded(table):
+    recorded = (ROOT / f"experiments/results/speed_{table.replace(', ', '_')}.md").read_text()
+    recorded = re.sub(r" +", " ", recorded)
+    rows, = re.findall(rf"^\| {table} \|.*\n\|.*\n((?:\|.*\n)+)", README, re.M)
+    for row in rows.splitlines():
+        assert f"\n{row}" in recorded, row
+
+
 @pytest.mark.parametrize("heading", TABLES)
 def test_the_results_tables_say_what_was_recorded(heading):
     task, cells_of = TABLES[heading]
