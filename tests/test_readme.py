@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```sh\n(.+?)^```$", README, re.M | re.S)
 FEWER_STEPS = {"train.py": ["--max_steps=4", "--eval_every=2", "--eval_windows=4"],
-               "sample.py": ["--tokens=5"], "compare_gates.py": ["--steps=2", "--seeds=1"]}
+               "sample.py": ["--tokens=5"],
+               "compare_gates.py": ["--steps=2", "--seeds=1", "--variants=none,g1"]}
 
 
 def commands(block):
