@@ -351,8 +351,16 @@ def test_what_a_user_can_mend_ends_with_2_and_an_interruption_with_130_and_a_bug
             sample.run_main(fails(error))
         assert end.value.code == status
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
-    with pytest.raises(ZeroDivisionError):
-        sample.run_main(fails(ZeroDivisionError()))
+    for bug in (ZeroDivisionError(), RuntimeError("a")):
+        with pytest.raises(type(bug)):
+            sample.run_main(fails(bug))
+
+
+@pytest.mark.parametrize("size", [(10**15,), (2**62, 2**62)], ids=str)
+def test_a_model_beyond_all_memory_ends_with_a_sentence(size, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        sample.run_main(lambda: torch.empty(size))
+    assert "the memory is full: try a smaller --batch_size" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------------

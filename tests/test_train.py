@@ -794,6 +794,19 @@ def test_in_bfloat16_the_products_are_rounded_and_the_weights_stay_float32():
     assert 0 < abs(log[-1]["val_loss"] - fit()[-1]["val_loss"]) < 0.05
 
 
+def test_a_gpu_that_knows_float16_only_trains_in_float32_and_says_why(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    dtype, why = train.choose_dtype("auto", torch.device("cuda"))
+    assert dtype == torch.float32 and "no bfloat16" in why and "float16" in why
+
+
+@pytest.mark.parametrize("name, value", [("threads", 100_000), ("seed", 2**63), ("learning_rate", 1e308),
+                                         ("vocab_size", 10**40)])
+def test_numbers_that_no_machine_can_count_to_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name}=.* (below|more than)"):
+        train.make_configs({"vocab_size": 8, name: value})
+
+
 class Broken(Exception):
     """What the broken compilers of these tests raise."""
 
