@@ -300,7 +300,7 @@ def flag_of(f):
         return st.sampled_from([f"--{f.name}", f"--no-{f.name}", f"--{f.name}=1"])
     else:
         values = {int: WHOLE, float: REAL, str: WORDS}[kind]
-    return st.one_of(values, values, values, values, WORDS).map(lambda value: f"--{f.name}={value}")
+    return (values | WORDS).map(lambda value: f"--{f.name}={value}")
 
 
 CAPPED = {"data", "out", "max_steps", "eval_windows", "resume", "device", "threads", "init_from", "compile"}

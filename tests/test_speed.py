@@ -86,7 +86,7 @@ def run(*flags):
     """(what is printed, what is written) by speed.py with these flags; both say the same."""
     with contextlib.redirect_stdout(io.StringIO()) as out:
         speed.main([*flags, "--results=results"])
-    file = Path("results", f"speed_{flags[0]}.md")
+    file = Path("results", f"speed_{flags[0]}{'_compiled' * ('--compile' in flags)}.md")
     printed, written = out.getvalue(), file.read_text()
     assert printed == f"{written}\n{file}\n"
     assert max(len(line) for line in printed.splitlines() if line.startswith("|")) <= 80
