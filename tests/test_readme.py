@@ -44,7 +44,7 @@ def test_a_newcomer_needs_one_line_to_train_and_one_to_test():
     lines = [line for block in BLOCKS for line in block.splitlines()]
     install = "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt"
     assert f"{install} && .venv/bin/python train.py" in lines
-    assert f"{install} -r tests/requirements.txt && .venv/bin/python -m pytest" in lines
+    assert f"{install} -r tests/requirements.txt && .venv/bin/python -m pytest -n 2 --dist=loadfile" in lines
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=[block.splitlines()[0][:60] for block in BLOCKS])
