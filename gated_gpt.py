@@ -135,7 +135,7 @@ class GPTConfig:
 
 
 def check_fields(config, **least):
-    """Raise ValueError for a Literal field with another value, or a number not finite or below its least.
+    """Raise ValueError for a Literal field with another value, or a number too large or below its least.
 
     The least is what `least` says for the field, else 1 for whole numbers and 0 for floats.
     """
@@ -343,7 +343,8 @@ class KVCache:
 
     def __init__(self, model, batch, length=None):
         c = model.config
-        size = (batch, length or c.block_size, c.n_kv_head, c.head_dim)
+        # A tensor for each layer: of one for all, a compiled model would copy the whole to change a part.
+        size = (batch, length or c.block_size, c.n_kv_head, c.head_dim)  # (B, length, nkv, hs)
         self.k, self.v = ([model.embed.weight.new_zeros(size) for _ in model.blocks] for _ in "kv")
         self.positions = None
 

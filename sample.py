@@ -304,7 +304,7 @@ def run_main(main):
         end(2, f"{name}: {error}")
     except (MemoryError, RuntimeError) as error:
         full = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not full and not re.search("allocate memory|overflow", str(error)):
+        if not full and not re.search("allocate memory|(multiplication|calculation) overflow", str(error)):
             raise
         end(2, f"{name}: the memory is full: try a smaller --batch_size (with more --grad_accum), "
                "--block_size or --n_embd")

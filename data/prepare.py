@@ -148,7 +148,7 @@ def folder_tokenizer(folder):
             check_unchanged(path)
             vocab, merges, special, pattern, nfc = read_tokenizer_json(path)
         else:
-            for path in (Path(folder, "merges.txt"), Path(folder, "vocab.json")):
+            for path in (Path(folder, "merges.txt"), Path(folder, "vocab.json")):  # messages name the last
                 check_unchanged(path)
             vocab, merges, special, pattern, nfc = read_vocab_and_merges(Path(folder))
         ranks = checked_ranks(vocab, merges, special)

@@ -75,7 +75,7 @@ def released_config(folder):
     wrong = [key for key, only in RELEASED_FIXED.items() if asked.get(key) not in (only, None)]
     wrong += [key for name, key in RELEASED_CONFIG.items()
               if not isinstance(asked.get(key, ""), float | int if types[name] is float else types[name])
-              or abs(asked[key]) > (1e300 if types[name] is float else 2**21)]  # no such model fits anywhere
+              or abs(asked[key] or 0) > (1e300 if types[name] is float else 2**21)]  # what fits nowhere
     wrong += () if gate else GATE_FLAGS
     try:
         if wrong:

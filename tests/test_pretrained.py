@@ -308,6 +308,14 @@ def test_a_config_with_absurd_numbers_is_refused_before_anything_is_made(changes
     assert f"{key}={value!r}" in said or f"{ours}={value!r}" in said or f"rope_base={value!r}" in said
 
 
+@pytest.mark.parametrize("key", ["head_dim", "num_key_value_heads"])
+def test_a_size_that_is_null_is_the_usual_one(key, tmp_path):
+    usual = dict(num_attention_heads=4, num_key_value_heads=4, hidden_size=24, head_dim=6)
+    config, tensors = write_folder(tmp_path, drawn_tensors(CONFIG | usual), **usual)
+    (tmp_path / "config.json").write_text(json.dumps(config | {key: None}))
+    assert furthest(logits(GPT.from_pretrained(tmp_path)), reference(tensors, config)) < 1e-5
+
+
 def test_weights_that_are_not_finite_are_refused(tmp_path):
     tensors = drawn_tensors(CONFIG)
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = math.nan

@@ -331,7 +331,7 @@ def test_two_trainings_race_to_a_loss(tmp_path, clone, data_root, use_data, monk
     ours, its_way = (float(re.search(rf"\n- {name}: ([\d.]+)\n", text)[1])
                      for name in ("ours", "ours, from token 2 on"))
     assert 0 < its_way < ours < 4.5
-    assert f"- ours: `python train.py {recipe}`\n- " not in text and recipe in text and speed.THEIRS in text
+    assert recipe in text and speed.THEIRS in text
 
 
 @pytest.mark.parametrize("flags, message", [
