@@ -596,7 +596,12 @@ def save_checkpoint(path, model, state):
                                  "checkpoint there is untouched")
     content = {"format": FORMAT, "config": dataclasses.asdict(model.config), "model": model.state_dict(),
                "state": state}
-    write_whole({path: partial(torch.save, content)})
+
+    def write(temporary):
+        with open(temporary, "wb") as file:  # torch's own file doesn't say that a disk is full
+            torch.save(content, file)
+
+    write_whole({path: write})
 
 
 def write_whole(writers):
@@ -611,8 +616,10 @@ def write_whole(writers):
                 os.fsync(file.fileno())
         for path in writers:
             os.replace(f"{path}.tmp", path)
-    except Exception as error:  # a full disk is not always an OSError to torch and safetensors
-        raise OSError(f"cannot save {path}: {error}; an older file there is untouched") from error
+    except Exception as error:  # a full disk: to torch and safetensors an error of their own
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise OSError(f"cannot save {path}: {getattr(cause, 'strerror', None) or cause}; an older file there "
+                      "is untouched") from error
     finally:
         for path in writers:
             if os.path.exists(f"{path}.tmp"):

@@ -37,7 +37,16 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import prepare
-from gated_gpt import GPT, GPTConfig, check_fields, load_checkpoint, measure, save_checkpoint, uniform_share
+from gated_gpt import (
+    GPT,
+    GPTConfig,
+    check_fields,
+    load_checkpoint,
+    measure,
+    save_checkpoint,
+    uniform_share,
+    write_whole,
+)
 from sample import checked_device, checkpoint_in, layer_table, newest_run, open_model, run_main, stream_text
 
 
@@ -691,11 +700,14 @@ class Run:
             return
         if c.keep == "best":  # what an interruption may have left
             (self.out / "last.pt").unlink(missing_ok=True)
-        with open(self.out / "log.csv", "w", newline="") as file:
+        write_whole({self.out / "log.csv": self.write_log})
+
+    def write_log(self, path):
+        with open(path, "w", newline="") as file:
             columns = EXPERT_COLUMNS if self.model.config.n_expert else COLUMNS
             writer = csv.DictWriter(file, columns, extrasaction="ignore")
             writer.writeheader()
-            writer.writerows(state["log"])
+            writer.writerows(self.state["log"])
 
     def save(self, name):
         self.state["seconds"] = time.perf_counter() - self.clock

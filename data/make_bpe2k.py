@@ -6,12 +6,14 @@ Makes bpe2k.tiktoken, the small tokenizer that ships with gated GPT. You need th
 Byte-level BPE with 2,047 tokens (256 bytes and 1,791 merges; BOS makes it 2,048), trained by `tokenizers` on
 the train split of the `python` set: the standard library of the Python that runs this, 3.11.7 for the file
 that ships. It is written in tiktoken's format, lines of "base64(token) rank", where a token's rank is both
-its id and the turn in which it was learnt. Then both libraries encode all of the text, and must agree.
+its id and the turn in which it was learnt. Then both libraries encode all of the text, and must agree. The
+checksum that it prints has to stand in prepare.py, as BPE2K_SHA256.
 """
 import base64
 import sys
 
-from prepare import BOS, DATA, SPLIT_PATTERN, get_tokenizer, split_by_file, stdlib_texts
+from prepare import BOS, DATA, SPLIT_PATTERN, encoding_of, split_by_file, stdlib_texts
+from released_tokenizer import byte_letters, checksum
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 
@@ -26,16 +28,9 @@ def train(texts):
     return tokenizer
 
 
-def spelling():
-    """{character: byte}: ByteLevel writes each byte as a character, the printable ones as themselves."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    return {**{chr(b): b for b in printable}, **{chr(256 + i): b for i, b in enumerate(others)}}
-
-
 def bytes_by_id(tokenizer):
     """The tokens as bytes, by their id in `tokenizers`."""
-    byte = spelling()
+    byte = byte_letters()
     vocab = tokenizer.get_vocab()
     return [bytes(byte[c] for c in token) for token in sorted(vocab, key=vocab.get)]
 
@@ -49,12 +44,14 @@ def main():
     lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(ranked)]
     (DATA / "bpe2k.tiktoken").write_text("".join(lines))
 
-    shipped, everything = get_tokenizer("bpe2k"), texts["train"] + texts["val"]
-    encoded = [shipped.encode_ordinary(text) for text in everything]
+    made = encoding_of("bpe2k", SPLIT_PATTERN, {token: rank for rank, token in enumerate(ranked)})
+    everything = texts["train"] + texts["val"]
+    encoded = [made.encode_ordinary(text) for text in everything]
     differ = sum([ranked[t] for t in ours] != [learnt[t] for t in tokenizer.encode(text).ids]
                  for text, ours in zip(everything, encoded))
     print(f"{sum(map(len, everything)) / sum(map(len, encoded)):.2f} characters per token; "
           f"{differ} of {len(everything)} files are encoded differently by the two libraries")
+    print(f"sha256 {checksum(DATA / 'bpe2k.tiktoken')}")
     return differ > 0
 
 

@@ -9,8 +9,7 @@ Data for gated GPT: text in, two files of tokens out.
 
 Each writes data/<name>/train.bin and val.bin, bare arrays of token ids, and meta.json, which says how to read
 them. Training maps these files into memory and cuts windows from them at random places. From top to bottom:
-tokenizers, those of released models, writing and opening a set, reading text, the sets without and with a
-download, your own files.
+tokenizers, writing and opening a set, reading text, the sets without and with a download, your own files.
 """
 import argparse
 import base64
@@ -24,7 +23,6 @@ import string
 import sys
 import sysconfig
 import tempfile
-import unicodedata
 import urllib.request
 from functools import cache
 from pathlib import Path
@@ -32,6 +30,10 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 from tqdm import tqdm
+
+if not __package__:   # run as a script, which sees its own folder only
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data.released_tokenizer import folder_bos, folder_tokenizer  # noqa: E402
 
 DATA = Path(__file__).resolve().parent
 SPLITS = ("train", "val")
@@ -42,13 +44,14 @@ MIN_TOKENS = 64    # a split with less holds no window worth training on
 # --- tokenizers: three tiktoken encodings; the last id is the token before each text and each window --------
 
 BOS = {"bpe2k": 2047, "bytes": 256, "gpt2": 50256}
+BPE2K_SHA256 = "fb32d293c29ebcd491ce8d5b25f58aa57f13f36fe5211d75d3cd327fb572e25d"
 # BPE never merges across these: words with the space before them, up to three digits, signs, white space.
 SPLIT_PATTERN = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 def bos_id(tokenizer):
     """The id of the beginning-of-sequence token."""
-    return BOS[tokenizer] if tokenizer in BOS else folder_bos(tokenizer)
+    return BOS[tokenizer] if tokenizer in BOS else folder_bos(tokenizer, get_tokenizer(tokenizer))
 
 
 def vocabulary(tokenizer):
@@ -66,8 +69,10 @@ def get_tokenizer(name):
     of a released model, by its folder.
     """
     if name not in BOS:
+        if not Path(name).is_dir():
+            gone = FileNotFoundError if os.sep in name else ValueError
+            raise gone(f"tokenizer {name!r} is not one of {', '.join(BOS)}, nor a folder that is there")
         return folder_tokenizer(name)
-    bos = bos_id(name)
     if name == "gpt2":
         try:
             return tiktoken.get_encoding("gpt2")
@@ -75,12 +80,24 @@ def get_tokenizer(name):
             raise OSError("tokenizer 'gpt2' needs the network once, to download its vocabulary, and that "
                           f"failed ({type(error).__name__}): try again, or use bpe2k or bytes") from error
     if name == "bytes":
-        pattern, ranks = r"(?s:.)", {bytes([b]): b for b in range(256)}
-    else:
-        lines = (DATA / "bpe2k.tiktoken").read_text().splitlines()
-        pattern, ranks = SPLIT_PATTERN, {base64.b64decode(t): int(r) for t, r in map(str.split, lines)}
-    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|bos|>": bos},
-                             explicit_n_vocab=bos + 1)
+        return encoding_of(name, r"(?s:.)", {bytes([b]): b for b in range(256)})
+    return encoding_of(name, SPLIT_PATTERN, bpe2k_ranks())
+
+
+def encoding_of(name, pattern, ranks):
+    """The tiktoken.Encoding of these tokens, {bytes: id}, with BOS behind them."""
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, explicit_n_vocab=BOS[name] + 1,
+                             special_tokens={"<|bos|>": BOS[name]})
+
+
+def bpe2k_ranks():
+    """{bytes: id} of the tokenizer that ships with the project. ValueError if its file is no longer that."""
+    path = DATA / "bpe2k.tiktoken"
+    text = read_text(path).replace("\r\n", "\n")   # which Git writes on Windows
+    if (found := hashlib.sha256(text.encode()).hexdigest()) != BPE2K_SHA256:
+        raise ValueError(f"{path} has sha256 {found[:8]}, not {BPE2K_SHA256[:8]}: texts would become other "
+                         "tokens, so get the file that ships with the project again")
+    return {base64.b64decode(token): int(rank) for token, rank in map(str.split, text.splitlines())}
 
 
 @cache
@@ -100,195 +117,6 @@ def same_tokenizer(a, b):
     return a == b or content(a) == content(b)
 
 
-# --- tokenizers of released models: byte-level BPE in Hugging Face's files ----------------------------------
-
-# What Qwen2 splits text by. A folder with vocab.json and merges.txt does not say it, and so gets this one.
-QWEN_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-
-
-class FolderEncoding(tiktoken.Encoding):
-    """An encoding that refuses text with no UTF-8 form, where tiktoken would put U+FFFD without a word."""
-    form = None   # of Unicode, to which text is brought first
-
-    def prepared(self, text):
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"character {error.start:,} of the text, {text[error.start]!a}, is half of a "
-                             "surrogate pair and has no UTF-8 form: leave it out") from None
-        return unicodedata.normalize(self.form, text) if self.form else text
-
-    def encode(self, text, **options):
-        return super().encode(self.prepared(text), **options)
-
-    def encode_ordinary(self, text):
-        return super().encode_ordinary(self.prepared(text))
-
-    def encode_to_numpy(self, text, **options):
-        return super().encode_to_numpy(self.prepared(text), **options)
-
-
-class NFCEncoding(FolderEncoding):
-    form = "NFC"
-
-
-def folder_tokenizer(folder):
-    """
-    The encoding that tokenizer.json in `folder` describes, or vocab.json and merges.txt.
-
-    ValueError if tiktoken, which merges by rank, would not make the tokens that these files mean.
-    """
-    path = Path(folder, "tokenizer.json")
-    if not Path(folder).is_dir():
-        gone = FileNotFoundError if os.sep in folder else ValueError
-        raise gone(f"tokenizer {folder!r} is not one of {', '.join(BOS)}, nor a folder that is there")
-    try:
-        if path.exists():
-            check_unchanged(path)
-            vocab, merges, special, pattern, nfc = read_tokenizer_json(path)
-        else:
-            for path in (Path(folder, "merges.txt"), Path(folder, "vocab.json")):  # messages name the last
-                check_unchanged(path)
-            vocab, merges, special, pattern, nfc = read_vocab_and_merges(Path(folder))
-        ranks = checked_ranks(vocab, merges, special)
-        # What the pattern does not match, tiktoken would drop; and no match may be empty (\G: its start).
-        pattern = rf"(?:{pattern})(?!\G)|(?:(?!(?:{pattern})(?!\G))[\s\S])+"
-        kind = NFCEncoding if nfc else FolderEncoding
-        return kind("released", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{folder} holds no tokenizer ({Path(error.filename).name} is missing): put "
-                                "tokenizer.json there, or vocab.json and merges.txt") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} can't be used: {' '.join(str(error).split())}") from None
-    except (LookupError, TypeError, AttributeError, RecursionError):
-        raise ValueError(f"{path} is damaged, or no tokenizer of byte-level BPE: download it again") from None
-
-
-SUMS = "SHA256SUMS"  # as sha256sum writes it, and `sha256sum --check` reads it
-
-
-def checksum(path, kind="sha256", prefix=b""):
-    """Of `prefix` and a file, in hexadecimal; read piece by piece."""
-    digest = hashlib.new(kind, prefix, usedforsecurity=False)
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def check_unchanged(path):
-    """Raise ValueError if a file of a model's folder is not what it was when it was saved or downloaded.
-
-    What it was stands in SHA256SUMS, which save_pretrained writes, or in what `huggingface-cli download
-    --local-dir` keeps: in its second line the SHA-256 of a large file, Git's SHA-1 of a small one.
-    Without either nothing is known, as the formats have no checksums of their own.
-    """
-    path, cache = path.absolute(), ".cache/huggingface/download"
-    notes = {path.with_name(SUMS): rf"^([0-9a-f]{{64}}) [ *]{re.escape(path.name)}$"} | {
-        root / cache / path.relative_to(root).with_name(f"{path.name}.metadata"):
-            r"\A.*\n([0-9a-f]{64}|[0-9a-f]{40})$" for root in path.parents}
-    for note, pattern in notes.items():
-        if note.is_file() and (known := re.search(pattern, note.read_text(errors="replace"), re.MULTILINE)):
-            git = len(known[1]) == 40
-            found = checksum(path, *(("sha1", f"blob {path.stat().st_size}\0".encode()) if git else ()))
-            if found != known[1]:
-                raise ValueError(f"its checksum is not the one in {note}, so it has changed since; if that "
-                                 "was you, delete that note")
-            return
-
-
-def read_tokenizer_json(path):
-    """(vocab, merges, special tokens, pattern, NFC or not) of a tokenizer.json that asks for no more."""
-    file = json.loads(path.read_bytes())
-    model, steps = file["model"], file["pre_tokenizer"].get("pretokenizers", [file["pre_tokenizer"]])
-    types, normalizer = [step["type"] for step in steps], (file.get("normalizer") or {}).get("type")
-    if model["type"] != "BPE" or types != ["Split", "ByteLevel"] or normalizer not in ("NFC", None):
-        raise ValueError(f"it is {model['type']} after {' and '.join(types)}, with normalizer {normalizer}; "
-                         "it must be BPE after Split and ByteLevel, with normalizer NFC or none")
-    split, byte_level = steps
-    asks = {"byte_fallback": model.get("byte_fallback"), "dropout": model.get("dropout"),
-            "prefix": model.get("continuing_subword_prefix"), "suffix": model.get("end_of_word_suffix"),
-            "invert": split["invert"], "add_prefix_space": byte_level["add_prefix_space"],
-            "use_regex": byte_level["use_regex"],
-            "behavior": split["behavior"] != "Isolated" and split["behavior"],
-            "pattern": "Regex" not in split["pattern"] and split["pattern"]}
-    if wrong := [f"{what}={value!r}" for what, value in asks.items() if value]:
-        raise ValueError(f"it asks for {', '.join(wrong)}, which tiktoken does not have")
-    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-    special = {token["content"]: token["id"] for token in file["added_tokens"]}
-    return model["vocab"], merges, special, split["pattern"]["Regex"], normalizer == "NFC"
-
-
-def read_vocab_and_merges(folder):
-    """The same of vocab.json and merges.txt; special tokens are in one of two other files."""
-    vocab, special = json.loads((folder / "vocab.json").read_bytes()), {}
-    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-    merges = [line.split() for line in lines[lines[0].startswith("#version"):] if line.strip()]
-    if (config := folder / "tokenizer_config.json").exists():
-        added = json.loads(config.read_bytes()).get("added_tokens_decoder", {})
-        special = {token["content"]: int(number) for number, token in added.items()}
-    if (more := folder / "added_tokens.json").exists():
-        special |= json.loads(more.read_bytes())
-    return vocab, merges, special, QWEN_PATTERN, True
-
-
-def byte_letters():
-    """{letter: byte} of byte-level BPE, which writes what is not printable with letters from U+0100 on."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-def checked_ranks(vocab, merges, special):
-    """
-    {bytes: id}, in which a lower id is merged first. ValueError unless that is the same as doing `merges` in
-    their order: then ids rise from merge to merge, and each token falls apart into the two that it is merged
-    from when only lower ids may be merged.
-    """
-    letters = byte_letters()
-    ranks = {bytes(map(letters.__getitem__, token)): i for token, i in vocab.items() if token not in special}
-    ids = [*ranks.values(), *special.values()]
-    if len(set(ids)) < len(ids) or not all(type(i) is int and 0 <= i < 1 << 24 for i in ids):
-        raise ValueError("two tokens have one id, or an id is no whole number from 0 on")
-    pairs = [[bytes(map(letters.__getitem__, half)) for half in merge] for merge in merges]
-    merged = [ranks[left + right] for left, right in pairs]
-    alone = {bytes([byte]) for byte in range(256)}
-    if merged != sorted(set(merged)) or ranks.keys() != alone | {left + right for left, right in pairs}:
-        raise ValueError("its ids are not 256 bytes and one token for each merge, in the order of the merges")
-    for pair, rank in zip(pairs, merged):
-        if parts_below(rank, b"".join(pair), ranks) != pair:
-            raise ValueError(f"token {rank} is not what merging by rank would make of {b''.join(pair)!r}")
-    return ranks
-
-
-def parts_below(rank, text, ranks):
-    """What is left of `text` when tokens of lower rank have been merged, the lowest first."""
-    parts = [text[i:i + 1] for i in range(len(text))]
-    while True:
-        candidates = [ranks.get(left + right, rank) for left, right in zip(parts, parts[1:])]
-        lowest = min(candidates, default=rank)
-        if lowest >= rank:
-            return parts
-        i = candidates.index(lowest)
-        parts[i:i + 2] = [parts[i] + parts[i + 1]]
-
-
-def folder_bos(folder):
-    """The token that a text starts with: bos_token_id or eos_token_id of config.json, else <|endoftext|>."""
-    encoding, path = get_tokenizer(folder), Path(folder, "config.json")
-    try:
-        config = json.loads(path.read_bytes()) if path.exists() else {}
-        named = [config.get("bos_token_id"), config.get("eos_token_id")]
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} can't be read ({error}): download it again") from None
-    for token in (*named, encoding._special_tokens.get("<|endoftext|>")):
-        if type(token) is int and encoding.is_special_token(token):
-            return token
-    raise ValueError(f"{folder} has no token to start a text with: config.json names no bos_token_id or "
-                     "eos_token_id that is special, and <|endoftext|> is not there")
-
-
 # --- a set: writing and opening it --------------------------------------------------------------------------
 
 
@@ -299,15 +127,21 @@ def write_set(name, root, tokenizer, source, chunks):
     All goes to a temporary folder first: a kill at any moment leaves the old set, the new one, or none.
     """
     out, meta = Path(root, name), {**vocabulary(tokenizer), "source": source}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root) as tmp:
-        for split in SPLITS:
-            meta[split] = write_bin(Path(tmp, f"{split}.bin"), tokenizer, chunks[split])
-            if meta[split]["tokens"] < MIN_TOKENS:
-                raise ValueError(f"{source} leaves {meta[split]['tokens']} tokens for {split}, but a window "
-                                 f"needs {MIN_TOKENS} or more: give more text")
-        Path(tmp, "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
-        publish(Path(tmp), out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root) as tmp:
+            for split in SPLITS:
+                meta[split] = write_bin(Path(tmp, f"{split}.bin"), tokenizer, chunks[split])
+                if meta[split]["tokens"] < MIN_TOKENS:
+                    raise ValueError(f"{source} leaves {meta[split]['tokens']} tokens for {split}, but a "
+                                     f"window needs {MIN_TOKENS} or more: give more text")
+            Path(tmp, "meta.json").write_text(json.dumps(signed(meta), indent=1) + "\n")
+            publish(Path(tmp), out)
+    except OSError as error:
+        if not error.strerror:   # ours, and says all
+            raise
+        raise OSError(f"cannot write {out} ({error.strerror}): make room there, or choose another place with "
+                      "--root") from error
     print(f"{out}: {meta['train']['tokens']:,} tokens for train and {meta['val']['tokens']:,} for val "
           f"({tokenizer}, {meta['vocab_size']:,} in the vocabulary)")
     return out
@@ -331,6 +165,12 @@ def write_bin(path, tokenizer, chunks):
             n_tokens += len(tokens)
             n_bytes = None if lengths is None else n_bytes + int(lengths[tokens].sum())
     return {"tokens": n_tokens, "bytes": n_bytes, "sha256": sha256.hexdigest()}
+
+
+def signed(meta):
+    """What meta.json says, with a checksum of all of it."""
+    meta = {key: value for key, value in meta.items() if key != "sha256"}
+    return {**meta, "sha256": hashlib.sha256(json.dumps(meta).encode()).hexdigest()}
 
 
 def publish(new, out):
@@ -359,10 +199,8 @@ def load(name, root=DATA):
                                 f"{', '.join(SETS)}): make it with `{again}`")
     try:
         meta = json.loads(path.read_text())
-        whole = meta == {**meta, **vocabulary(meta["tokenizer"])}
-        whole = whole and all(meta[s]["tokens"] >= MIN_TOKENS and meta[s].keys() >= {"bytes", "sha256"}
-                              for s in SPLITS)
-    except (ValueError, KeyError, TypeError):
+        whole = meta == signed(meta) and meta == {**meta, **vocabulary(meta["tokenizer"])}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         whole = False
     if not whole:
         raise ValueError(f"{path} is damaged or from another version: make it again with `{again}`")
@@ -673,6 +511,9 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         print(f"prepare.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nprepare.py: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

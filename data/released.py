@@ -3,7 +3,7 @@ The released models, in and out: GPT.from_pretrained, GPT.save_pretrained.
 
 A folder of theirs holds config.json and model.safetensors, or shards of it with model.safetensors.index.json,
 with the names of Hugging Face's Qwen3. Two things differ from ours: what tensors are called, and that q_proj
-makes queries and gates at once. Tokenizers of such folders are data/prepare.py's business.
+makes queries and gates at once. Tokenizers of such folders: released_tokenizer.py.
 
 Reading order: the tables of names -> join_queries -> load_released -> save_released.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from data.prepare import SUMS, check_unchanged, checksum
+from data.released_tokenizer import SUMS, check_unchanged, checksum
 from gated_gpt import GPT, GPTConfig, is_finite, write_whole
 
 RELEASED_CONFIG = {  # our field: their key in config.json
@@ -66,11 +66,12 @@ def safetensors_package():
 def released_config(folder):
     """The GPTConfig of a released folder. ValueError names what config.json lacks or asks for in vain."""
     path, types = Path(folder, "config.json"), {f.name: f.type for f in dataclasses.fields(GPTConfig)}
+    check_unchanged(path)
     try:
-        check_unchanged(path)
         asked = {"use_qk_norm": True, **dict.fromkeys(GATE_FLAGS, False), **json.loads(path.read_bytes())}
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} can't be read ({error}): name the folder of a released model") from None
+        raise ValueError(f"{path} can't be read ({getattr(error, 'strerror', None) or error}): name the "
+                         "folder of a released model, or get that file again") from None
     gate = [name for name, flags in RELEASED_GATES.items() if flags == tuple(map(asked.get, GATE_FLAGS))]
     wrong = [key for key, only in RELEASED_FIXED.items() if asked.get(key) not in (only, None)]
     wrong += [key for name, key in RELEASED_CONFIG.items()
@@ -87,22 +88,33 @@ def released_config(folder):
         raise ValueError(f"{path} describes a model that gated_gpt.py can't make: {error}") from None
 
 
-def released_files(folder):
-    """{their name: tensor} of a folder's weights, in one file or in shards; mapped from disk, not read."""
-    load_file, path, tensors = safetensors_package().torch.load_file, Path(folder, "model.safetensors"), {}
-    names = [path.name]
+def weight_files(folder):
+    """Paths of a folder's weights: one file, or the shards that its index names."""
+    path, index = Path(folder, "model.safetensors"), Path(folder, "model.safetensors.index.json")
+    if path.exists():
+        return [path]
+    if not index.exists():
+        raise ValueError(f"{folder} holds no weights, neither {path.name} nor {index.name}: get them, too")
+    check_unchanged(index)
     try:
-        if not path.exists():
-            path = Path(folder, "model.safetensors.index.json")
-            names = sorted(set(json.loads(path.read_bytes())["weight_map"].values()))
-        for path in [Path(folder, Path(name).name) for name in names]:
-            check_unchanged(path)
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        return [Path(folder, Path(name).name) for name in names]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{index} can't be read ({error}): get it again") from None
+
+
+def released_files(folder):
+    """{their name: tensor} of a folder's weights; mapped from disk, not read."""
+    load_file, tensors = safetensors_package().torch.load_file, {}
+    for path in weight_files(folder):
+        check_unchanged(path)
+        try:
             shard = load_file(path)
-            if twice := shard.keys() & tensors.keys():
-                raise ValueError(f"{min(twice)} is in another shard, too")
-            tensors |= shard
-    except Exception as error:  # safetensors and JSON raise what the bytes lead them to
-        raise ValueError(f"{path} can't be read ({error}): download it again") from None
+        except Exception as error:  # safetensors raises what the bytes lead it to
+            raise ValueError(f"{path} can't be read ({error}): get it again") from None
+        if twice := shard.keys() & tensors.keys():
+            raise ValueError(f"{path} holds {min(twice)}, and so does another shard: get both again")
+        tensors |= shard
     return tensors
 
 
@@ -142,7 +154,7 @@ def load_released(folder, block_size=None, dtype=None):
                 weights[name], config.n_kv_head, config.n_head * config.head_dim)
     model = GPT.with_weights(config, weights)
     if not is_finite(model):
-        raise ValueError(f"{folder} holds weights that are not finite: download it again")
+        raise ValueError(f"{folder} holds weights that are not finite: get it again")
     return model
 
 

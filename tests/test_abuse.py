@@ -12,6 +12,7 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -96,23 +97,108 @@ def test_a_signal_ends_a_run_within_a_step_and_nothing_is_lost(here, number, lon
         assert state["step"] == len(state["losses"]) > 0
 
 
-def test_a_full_disk_ends_a_run_with_a_sentence_and_the_checkpoint_of_before_is_whole(here, capfd):
+def refused_in_a_child(work, argv, before=lambda: None):
+    """The one sentence with which a main() ends in a process of its own, where before() has been called."""
+    read_end, write_end = os.pipe()
+
+    def child():
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(write_end, 2)
+        sys.stdout, sys.stderr = open(1, "w"), open(2, "w")
+        sys.argv = argv
+        before()
+        sample.run_main(work)
+
+    process = forked(child)
+    os.close(write_end)
+    with open(read_end) as file:
+        said = file.read()
+    process.join(60)
+    assert process.exitcode == 2 and said.count("\n") == 1, said
+    return said
+
+
+def no_file_beyond(size):
+    """Whoever calls this can write no larger file, as on a disk that is nearly full."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then a write that does not fit is an OSError
+
+
+def all_files(folder):
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def test_a_full_disk_ends_a_run_with_a_sentence_and_what_was_there_is_whole(here, long):
+    """However little room there is: what does not fit ends it, be it log.csv or a checkpoint."""
     fit(max_steps=4, eval_every=2)
-    before = Path("run/last.pt").read_bytes()
-
-    def work():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2,) * 2)
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then a write that does not fit is an OSError
-        sys.argv = ["train.py", "--resume", "--out=run", "--max_steps=8"]
-        sample.run_main(train.main)
-
-    child = forked(work)
-    child.join(60)
-    assert child.exitcode == 2
-    said = capfd.readouterr().err
-    assert said.count("\n") == 1 and "cannot save run/" in said and "is untouched" in said
-    assert Path("run/last.pt").read_bytes() == before and not list(Path("run").glob("*.tmp"))
+    before, dice = all_files("run"), random.Random(0)
+    largest = max(map(len, before.values()))
+    sizes = [0, 1, largest - 1] + [dice.randrange(largest) for _ in range(47 if long else 3)]
+    for size in sizes:
+        said = refused_in_a_child(train.main, ["train.py", "--resume", "--out=run", "--max_steps=8"],
+                                  lambda size=size: no_file_beyond(size))
+        assert "cannot save run/" in said and "is untouched" in said
+        assert all_files("run") == before
+    print(f"{len(sizes)} full disks: each was said to be one, and all files are as they were")
     fit(max_steps=8, eval_every=2, resume=True)
+
+
+@pytest.mark.parametrize("size", [0, 1, 100, 3000, 9881])
+def test_a_full_disk_while_data_is_prepared_leaves_the_old_set(here, size):
+    (here / "text.txt").write_text("to be or not to be\n" * 500)
+    argv = ["prepare.py", "text.txt", "--root=sets", "--tokenizer=bytes"]
+    assert prepare.main(argv[1:]) == 0
+    before = all_files("sets")
+    said = refused_in_a_child(lambda: sys.exit(prepare.main()), argv, lambda: no_file_beyond(size))
+    assert "cannot write sets/text (File too large): make room there" in said and all_files("sets") == before
+
+
+@contextlib.contextmanager
+def small_disk(folder):
+    """A file system of its own, 1 MB of it, where this process may mount one."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", folder]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this user may not mount a file system")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_a_disk_that_fills_up_while_training_ends_it_and_the_last_checkpoint_that_fitted_goes_on(here):
+    """Every write to this one is real, so is the refusal: 1 MB, on which something else takes ever more."""
+    with small_disk(here / "disk"):
+        recipe = dict(out="disk/run", eval_every=2)
+        fit(**recipe, max_steps=2)
+        room = os.statvfs("disk").f_bavail * os.statvfs("disk").f_bsize
+        Path("disk/other").write_bytes(bytes(room - 10_000))
+        before = all_files("disk/run")
+        argv = ["train.py", "--resume", "--out=disk/run", "--max_steps=4"]
+        said = refused_in_a_child(train.main, argv)
+        assert "cannot save disk/run/" in said and "is untouched" in said and all_files("disk/run") == before
+        Path("disk/other").unlink()
+        fit(**recipe, max_steps=4, resume=True)
+        fit(eval_every=2, max_steps=4, out="never")
+        assert all(map(torch.equal, *(load_checkpoint(f"{run}/last.pt")[0].parameters()
+                                      for run in ("disk/run", "never"))))
+
+
+def test_a_folder_that_is_read_only_is_refused_with_a_sentence_and_stays_as_it_was(here):
+    with small_disk(here / "disk"):
+        fit(out="disk/run", eval_every=2, max_steps=2)
+        subprocess.run(["mount", "-o", "remount,ro", here / "disk"], check=True)
+        before = all_files("disk")
+        model = load_checkpoint("disk/run/last.pt")[0]
+        resume, text = ["train.py", "--resume", "--out=disk/run", "--max_steps=4"], here / "text.txt"
+        text.write_text("to be or not to be\n" * 500)
+        for work, argv in [(train.main, resume), (train.main, ["train.py", "--data=tiny", "--out=disk/new"]),
+                           (lambda: sys.exit(prepare.main()), ["prepare.py", str(text), "--root=disk/data"]),
+                           (sample.main, ["sample.py", "--ckpt=disk/run", "--attn_map=disk/map.png"]),
+                           (lambda: model.save_pretrained("disk/released"), ["notebook"])]:
+            said = refused_in_a_child(work, argv)
+            assert "Read-only file system" in said and "disk" in said
+        assert all_files("disk") == before
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -206,8 +292,7 @@ def test_damaged_data_is_refused_or_unharmed(here, data_root, tmp_path, name, lo
 
     def unharmed(loaded):
         meta, tokens = loaded
-        same = all((tokens[split] == before[1][split]).all() for split in tokens)
-        return same and meta["bos"] == before[0]["bos"]
+        return meta == before[0] and all((tokens[split] == before[1][split]).all() for split in tokens)
 
     refused_or_unharmed(tmp_path / "copy/tiny" / name, lambda: prepare.load("tiny", root=tmp_path / "copy"),
                         unharmed, 250 if long else 40)
@@ -225,6 +310,19 @@ def test_a_damaged_model_in_the_released_layout_is_refused_or_unharmed(here, nam
 
     refused_or_unharmed(Path("folder", name), lambda: GPT.from_pretrained("folder"), unharmed,
                         250 if long else 40)
+
+
+def test_a_damaged_tokenizer_of_ours_is_refused_or_unharmed(here, use_data, long):
+    shutil.copy(prepare.DATA / "bpe2k.tiktoken", here)
+    use_data(here)
+
+    def read():
+        prepare.get_tokenizer.cache_clear()
+        return prepare.get_tokenizer("bpe2k").__getstate__()
+
+    whole = read()
+    refused_or_unharmed(here / "bpe2k.tiktoken", read, lambda found: found == whole, 250 if long else 40)
+    prepare.get_tokenizer.cache_clear()
 
 
 def test_a_damaged_tokenizer_that_was_downloaded_is_refused_or_unharmed(here, long):

@@ -135,7 +135,7 @@ def test_meta_counts_tokens_and_bytes_and_names_the_hash(python_set):
         texts = texts_between(tokens[split], "bpe2k")
         assert meta[split] == {"tokens": len(tokens[split]), "bytes": len("".join(texts).encode()),
                                "sha256": hashlib.sha256(tokens[split].tobytes()).hexdigest()}
-    del meta["train"], meta["val"], meta["source"]
+    del meta["train"], meta["val"], meta["source"], meta["sha256"]
     assert meta == {"tokenizer": "bpe2k", "bos": 2047, "vocab_size": 2048, "dtype": "uint16"}
 
 
@@ -509,11 +509,19 @@ def test_a_token_that_is_not_the_one_written_is_refused(small):
 
 
 @pytest.mark.parametrize("change", [{"dtype": "uint8"}, {"bos": 0}, {"vocab_size": 999}, {"val": None},
-                                    {"tokenizer": "gpt3"}, {"train": {}}, {"train": {"tokens": "many"}}])
+                                    {"tokenizer": "gpt3"}, {"train": {}}, {"source": "another"}])
 def test_a_meta_json_that_contradicts_itself_is_refused(small, change):
     meta = json.loads((small / "meta.json").read_text())
     (small / "meta.json").write_text(json.dumps({**meta, **change}))
     with pytest.raises(ValueError, match="meta.json is damaged .*`python data/prepare.py backcopy`"):
+        load("backcopy", small.parent)
+
+
+@pytest.mark.parametrize("change", [{"bos": 0}, {"vocab_size": 999}, {"dtype": "uint8"}])
+def test_a_set_of_a_version_with_another_vocabulary_is_refused(small, change):
+    meta = json.loads((small / "meta.json").read_text())
+    (small / "meta.json").write_text(json.dumps(data.signed({**meta, **change})))
+    with pytest.raises(ValueError, match="meta.json is damaged or from another version"):
         load("backcopy", small.parent)
 
 

@@ -254,8 +254,8 @@ def test_a_trial_does_not_replace_the_recorded_results():
 
 
 def test_runs_side_by_side_are_stopped_by_ctrl_c_and_go_on(tmp_path):
-    for name in ("gated_gpt.py", "train.py", "sample.py", "data/prepare.py", "data/bpe2k.tiktoken",
-                 "experiments/compare_gates.py", "experiments/figures.py"):
+    for name in ("gated_gpt.py", "train.py", "sample.py", "data/prepare.py", "data/released_tokenizer.py",
+                 "data/bpe2k.tiktoken", "experiments/compare_gates.py", "experiments/figures.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     with contextlib.redirect_stdout(io.StringIO()):

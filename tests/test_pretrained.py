@@ -455,7 +455,7 @@ def test_a_shard_that_is_missing_and_an_index_that_is_none_are_refused(tmp_path)
 def test_a_tensor_in_two_shards_is_refused_since_one_of_them_would_go_unused(tmp_path):
     _, tensors = write_folder(tmp_path, shards=2)
     save_file(tensors, tmp_path / "model-00002-of-00002.safetensors")
-    assert "is in another shard, too" in refusal(tmp_path)
+    assert "and so does another shard" in refusal(tmp_path)
 
 
 def test_an_index_cannot_lead_out_of_the_folder(tmp_path):

@@ -538,7 +538,7 @@ def test_where_the_number_of_bytes_is_unknown_bits_per_byte_are_nan(here, use_da
     shutil.copytree(data_root / "tiny", here / "data" / "tiny")
     meta = json.loads((here / "data/tiny/meta.json").read_text())
     meta["val"]["bytes"] = None  # as when GPT-2's tokens are prepared without a network
-    (here / "data/tiny/meta.json").write_text(json.dumps(meta))
+    (here / "data/tiny/meta.json").write_text(json.dumps(prepare.signed(meta)))
     use_data(here / "data")
     assert all(math.isnan(row["bits_per_byte"]) and row["val_loss"] > 0 for row in fit())
 
@@ -1025,7 +1025,8 @@ def test_a_loss_that_explodes_ends_the_command_with_a_sentence_and_status_2(caps
 @pytest.fixture
 def project(here, data_root):
     """A copy of the project, with the small set in its data/."""
-    for name in ("train.py", "sample.py", "gated_gpt.py", "data/prepare.py", "data/bpe2k.tiktoken"):
+    for name in ("train.py", "sample.py", "gated_gpt.py", "data/prepare.py", "data/released_tokenizer.py",
+                 "data/bpe2k.tiktoken"):
         (here / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, here / name)
     shutil.copytree(data_root / "tiny", here / "data" / "tiny")
