@@ -128,10 +128,10 @@ class GPTConfig:
                  "shared": gated and self.gate_share,
                  "add": gated and self.gate_op == "add",
                  self.gate_act: gated and self.gate_act != "sigmoid",
-                 "no_input": gated and not self.gate_input,
-                 "sdpa_norm": self.sdpa_norm,
-                 "sdpa_silu": self.sdpa_silu}
-        return "-".join(name for name, said in parts.items() if said)
+                 "no-input": gated and not self.gate_input,
+                 "sdpa-norm": self.sdpa_norm,
+                 "sdpa-silu": self.sdpa_silu}
+        return "-".join(name for name, said in parts.items() if said).replace("_", "-")
 
 
 def check_fields(config, **least):
@@ -157,7 +157,7 @@ def check_fields(config, **least):
 class Gate(nn.Module):
     """How a score is computed, and how it meets y. Where it sits is Attention's business.
 
-    `heads` is the trailing shape of y: (nh, hs) at G1 and G4, (nkv, hs) at G2 and G3, (C,) at G5. When
+    y_shape is the trailing shape of y: (nh, hs) at G1 and G4, (nkv, hs) at G2 and G3, (C,) at G5. When
     training starts, x W is near 0 and a sigmoid score near 0.5: every gate is half open.
     """
     ACTIVATIONS = {
@@ -167,19 +167,20 @@ class Gate(nn.Module):
         "identity": lambda z: z,
     }
 
-    def __init__(self, config, heads):
+    def __init__(self, config, y_shape):
         super().__init__()
-        self.heads = (heads[0], 1) if config.gate_kind == "headwise" else heads
+        self.score_shape = (y_shape[0], 1) if config.gate_kind == "headwise" else y_shape
+        scores = math.prod(self.score_shape)  # of a token
         self.share, self.op, self.act = config.gate_share, config.gate_op, self.ACTIVATIONS[config.gate_act]
         if config.gate_input:
-            self.gate_proj = nn.Linear(config.n_embd, math.prod(self.heads), bias=False)  # the paper's W
+            self.gate_proj = nn.Linear(config.n_embd, scores, bias=False)  # the paper's W
         else:
-            self.constant = nn.Parameter(torch.zeros(math.prod(self.heads)))
+            self.constant = nn.Parameter(torch.zeros(scores))
 
     def score(self, x):
-        """(B, T, C) -> (B, T, *heads), where hs is 1 when headwise and nh is 1 when head-shared."""
+        """(B, T, C) -> (B, T, *y_shape), where hs is 1 when headwise and nh is 1 when head-shared."""
         z = self.gate_proj(x) if hasattr(self, "gate_proj") else self.constant.expand(*x.shape[:2], -1)
-        score = self.act(z.unflatten(-1, self.heads))  # z: (B, T, nh * hs)
+        score = self.act(z.unflatten(-1, self.score_shape))  # z: (B, T, nh * hs)
         # Head-shared is no smaller projection: all scores are made, then averaged (Table 1, rows 12 and 13).
         return score.mean(-2, keepdim=True) if self.share else score
 
@@ -188,7 +189,7 @@ class Gate(nn.Module):
 
 
 def rope_table(config):
-    """What rope multiplies with: cos and -sin, sin of position * frequency, (block_size, 1, hs) each."""
+    """What rope multiplies with, (block_size, 1, hs) each: (cos, cos) and (-sin, sin) of the angles."""
     frequency = config.rope_base ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)  # (hs/2,)
     angle = torch.arange(config.block_size)[:, None, None] * frequency  # (block_size, 1, hs/2)
     cos, sin = angle.cos(), angle.sin()
@@ -461,7 +462,7 @@ class GPT(nn.Module):
                 yield new[:, 0]
 
     def generate(self, idx, n, temperature=1.0, top_k=None, generator=None):
-        """Tokens idx (B, t) continued by n sampled ones: (B, t + n). See stream."""
+        """Tokens idx (B, t) continued by n sampled ones, all at once: (B, t + n). See stream."""
         new = list(self.stream(idx, n, temperature, top_k, generator))
         return torch.cat((idx, torch.stack(new, dim=1)), dim=1) if new else idx
 
@@ -511,14 +512,14 @@ def uniform_share(T):
 
 @torch.no_grad()
 def measure(model, idx):
-    """The paper's three measurements (Table 4) on tokens idx (B, T): a list with one dict per layer.
+    """The paper's measurements (Table 4: share, score, activation) on tokens idx (B, T): a dict per layer.
 
     first_token_share          attention probability on token 0: mean over queries (query 0 included) and
                                heads. Under uniform attention it is uniform_share(T).
     first_token_share_by_head  the same, one number per query head
     late_first_token_share     the same over queries t >= T/4, which query 0 (always 1) does not lift
     gate_score                 mean score over tokens, heads and channels; nan without a gate
-    gate_closed                fraction of scores below 0.1; nan without a gate
+    gate_closed                fraction of scores below 0.1, closed if it is a sigmoid's; nan without a gate
     max_activation             largest |x| after the block, over tokens and channels
     max_expert_load            visits to the busiest expert over the mean; nan without experts
 
@@ -607,7 +608,7 @@ def save_checkpoint(path, model, state):
 def write_whole(writers):
     """For each {path: writer} call writer(temporary path); when all are on disk, move them to their paths.
 
-    Raises OSError, and leaves what was there, when one can't be written.
+    Raises OSError, and leaves what was there, when one can't be written (or moved, if it is the first).
     """
     try:
         for path, write in writers.items():

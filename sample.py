@@ -28,8 +28,8 @@ SHORT = 512  # tokens; below this a first-token share says more about the length
 BLOCKS = 64  # of --text, at most
 TABLE_4 = {  # of the paper: gate score, M-Act (largest activation), F-Attn (first-token share)
     "none": (math.nan, 1053, 0.467), "g1": (0.116, 94, 0.048), "g1-headwise": (0.172, 98, 0.073),
-    "g2": (0.221, 125, 0.297), "g1-shared": (0.271, 286, 0.301), "g1-no_input": (0.335, 471, 0.364),
-    "g1-ns_sigmoid": (0.653, 892, 0.451)}
+    "g2": (0.221, 125, 0.297), "g1-shared": (0.271, 286, 0.301), "g1-no-input": (0.335, 471, 0.364),
+    "g1-ns-sigmoid": (0.653, 892, 0.451)}
 RELEASED = {  # the same of the released weights, as others read them on web text in blocks of 512 tokens
     "none": (math.nan, math.nan, 0.43), "g1": (0.140, math.nan, 0.02), "g1-headwise": (0.257, math.nan, 0.05)}
 
@@ -58,7 +58,8 @@ def open_model(path, dtype=None):
     path = Path(path)
     if any(path.glob("config.json")) or any(path.glob("*.safetensors")):
         model = GPT.from_pretrained(path, dtype=dtype)
-        return model, str(path.resolve()), None, f"{path}: gate {model.config.variant}, a released model"
+        title = f"{path}: gate {model.config.variant}, in the released layout, without a BOS"
+        return model, str(path.resolve()), None, title
     path = checkpoint_in(path, prefer="best") if path.is_dir() else path
     model, state = load_checkpoint(path)
     for p in model.parameters():
@@ -160,7 +161,7 @@ def draw_maps(model, idx, tokenizer, path):
 
     names = [repr(bytes_of(token, tokenizer).decode("utf-8", "replace"))[1:-1] for token in idx[0].tolist()]
     maps = [layer[0].mean(-1).cpu() for layer in attention_maps(model, idx)]  # (T, T) each
-    columns = min(4, len(maps))
+    columns = min(2, len(maps))
     side = max(3.0, 0.16 * len(names))
     figure, axes = plt.subplots(math.ceil(len(maps) / columns), columns, squeeze=False, layout="constrained",
                                 figsize=(columns * side + 0.6, math.ceil(len(maps) / columns) * (side + 0.4)))
@@ -196,7 +197,8 @@ def parse_flags(argv=None):
                         help="of the weights; auto: as they are stored [%(default)s]")
     parser.add_argument("--compile", action="store_true", help="compile the model, which takes a while at "
                         "first: for long texts on a GPU")
-    parser.add_argument("--attn_share", action="store_true", help="measure first-token share on this text")
+    parser.add_argument("--attn_share", action="store_true",
+                        help="measure first-token share on this text, the first of several")
     parser.add_argument("--text", metavar="FILE", help="with --attn_share: measure it on this text instead")
     parser.add_argument("--attn_map", metavar="FILE.png", help="draw the attention on this text")
     flags = parser.parse_args(argv)
@@ -261,8 +263,8 @@ def main(argv=None):
         if flags.text:
             print(f"\n{means_table(layers, model.config.variant, *window.shape)}")
         if window.size(1) < SHORT:
-            print(f"Only {window.size(1)} tokens: a text this short has a large share even without a sink.\n"
-                  "Compare with the floor, and with what train.py measured on many windows.")
+            print(f"\nOnly {window.size(1)} tokens: so short, a text has a large share even without a sink.\n"
+                  "Compare it with the floor and with other models on the same text.")
     if flags.attn_map:
         draw_maps(model, window[:1, :64], tokenizer, flags.attn_map)
         print(f"\n{flags.attn_map}: attention on the first {min(64, window.size(1))} tokens")

@@ -333,6 +333,7 @@ def learning_rate_at(step, c):
 # ----------------------------------------------------------------------------------------------------
 # Evaluation and the log
 
+# train_loss is the mean over the steps since the row before, so early on it lies above val_loss.
 COLUMNS = ("step", "train_loss", "val_loss", "bits_per_byte", "tokens_per_second",
            "first_token_share", "uniform_share", "gate_score", "max_activation")
 EXPERT_COLUMNS = (*COLUMNS, "max_expert_load")  # with experts, how evenly they are visited
@@ -464,7 +465,7 @@ class Run:
     def __init__(self, config, c, say):
         self.rank, self.ranks = rank_and_ranks()
         self.say = say if self.rank == 0 else lambda text: None
-        self.windows, self.forwards = shares(c.batch_size, c.grad_accum, self.ranks)
+        self.own_windows, self.forwards = shares(c.batch_size, c.grad_accum, self.ranks)
         if c.shard and self.ranks == 1:
             raise ValueError("shard=True spreads a model over several processes, and this is one: start with "
                              "torchrun --standalone --nproc_per_node=N train.py ..., or leave --shard out")
@@ -483,9 +484,8 @@ class Run:
             self.start(config)
         if self.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)
-        self.began = time.perf_counter()  # of what tokens/s is about, with the tokens since
-        self.tokens = 0
-        self.clock = self.began - self.state["seconds"]
+        self.tokens = 0  # since self.began, which loop and evaluate set: what tokens/s is about
+        self.clock = time.perf_counter() - self.state["seconds"]  # its start, had it never been stopped
 
         peak = None if config.n_expert else peak_flops(self.device)
         flops = flops_per_token(config, self.model.num_params())
@@ -517,7 +517,7 @@ class Run:
         c, why = self.c, "off (as asked)" if self.c.compile is False else "off (on by default with CUDA only)"
         self.fast = self.model
         if c.compile or (c.compile is None and self.device.type == "cuda"):
-            batch = self.train_windows.at(self.train_windows.spaced(self.windows // self.forwards))
+            batch = self.train_windows.at(self.train_windows.spaced(self.own_windows // self.forwards))
             self.fast, why = try_compile(self.model, batch, self.precision)
         if self.ranks > 1 and not c.shard:  # sharded parameters exchange their gradients by themselves
             self.fast = DistributedDataParallel(self.fast)

@@ -76,25 +76,23 @@ def over_seeds(curves, variant):
     return list(at), [sum(v) / len(v) for v in values], list(map(min, values)), list(map(max, values))
 
 
-def beside(axis, x, y, label, up, color):
-    """Write a label to the right of the point (x, y), `up` points higher."""
-    axis.annotate(label, (x, y), (6, up), textcoords="offset points", va="center", color=color,
-                  annotation_clip=False)
-
-
 def draw_sink(rows, curves):
     """The README's picture: the share as it grows, without a gate and with G1."""
     if not {"none", "g1"} <= {row["variant"] for row in curves}:
         return None
     figure, axis = plt.subplots(figsize=(6, 2.8))
+    labels = [(rows["none"]["floor"], "uniform", "black")]
     for name, label, color, line in (("none", "no gate", ORANGE, "-"), ("g1", "G1 gate", BLUE, "--")):
         steps, mean, low, high = over_seeds(curves, name)
         axis.fill_between(steps, low, high, color=color, alpha=0.2, lw=0)
         axis.plot(steps, mean, line, color=color, lw=2)
-        beside(axis, steps[-1], mean[-1], f"{label}: {mean[-1]:.2f}", 8 if name == "none" else -8, color)
-    floor = rows["none"]["floor"]
-    axis.axhline(floor, color="black", ls=":", lw=1)
-    beside(axis, steps[-1], floor, f"uniform: {floor:.2f}", 6, "black")
+        labels.append((mean[-1], label, color))
+    axis.axhline(rows["none"]["floor"], color="black", ls=":", lw=1)
+    place = -1.0  # of the label below: the next one keeps clear of it
+    for value, label, color in sorted(labels):
+        place = max(value, place + 0.07)
+        axis.annotate(f"{label}: {value:.2f}", (steps[-1], place), (6, 0), textcoords="offset points",
+                      va="center", color=color, annotation_clip=False)
     axis.set(xlabel="training steps", ylabel="attention on the first token", ylim=(0, 1), xlim=(0, steps[-1]))
     return figure
 

@@ -3,7 +3,8 @@ One process that trains, saves, resumes and samples again and again: its memory 
 
     python experiments/soak.py --minutes=120
 
-After each run a line is printed, and all of them are written to experiments/results/soak.csv. Linux only.
+After each run a line is printed, and all of them are written to soak.csv; for a trial of your own, add
+--results=out/trial. Linux only.
 """
 import argparse
 import csv
@@ -22,7 +23,7 @@ from experiments.compare_gates import RESULTS
 from gated_gpt import load_checkpoint
 from sample import checkpoint_in, run_main
 
-RECIPES = [  # about a minute each on one core
+RECIPES = [  # a minute or two each on one core
     train.PRESETS["sink"] | {"gate": "none"}, train.PRESETS["sink"] | {"gate": "g1"},
     train.PRESETS["laptop"] | {"max_steps": 200, "dropout": 0.1}]
 
@@ -62,7 +63,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="soak.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=120, help="how long [%(default)s]")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where soak.csv goes [%(default)s]")
+    parser.add_argument("--results", type=Path, default=RESULTS,
+                        help="where soak.csv goes [experiments/results]")
     flags = parser.parse_args(argv)
     if not os.path.exists("/proc/self/statm"):
         raise ValueError("soak.py reads a process's memory from /proc, which only Linux has: run it there")

@@ -1,5 +1,6 @@
 """
-What things cost: one command for each table, which is printed and written to experiments/results/speed_*.md.
+What things cost: one command for each table, which is printed and written to experiments/results/speed_*.md
+(for a trial of your own, add --results=out/trial).
 
     python experiments/speed.py train       training steps, with and without the gate
     python experiments/speed.py to_loss     wall time until nanoGPT's validation loss is reached
@@ -551,7 +552,8 @@ def parse_flags(argv):
     model, training = ({f.name for f in dataclasses.fields(cls)} for cls in (GPTConfig, train.TrainConfig))
     for name, (make, own, sizes) in TABLES.items():
         sub = tables.add_parser(name, help=make.__doc__, description=make.__doc__, allow_abbrev=False)
-        sub.add_argument("--results", type=Path, default=RESULTS, help="where speed_*.md goes [%(default)s]")
+        sub.add_argument("--results", type=Path, default=RESULTS,
+                         help="where speed_*.md goes [experiments/results]")
         for flag in own.split():
             if flag in FLAGS:
                 sub.add_argument(f"--{flag}", **FLAGS[flag])

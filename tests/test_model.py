@@ -29,9 +29,9 @@ VARIANTS = {
     "g1-add-silu": dict(gate="g1", gate_op="add", gate_act="silu"),
     "g1-silu": dict(gate="g1", gate_act="silu"),
     "g1-add-identity": dict(gate="g1", gate_op="add", gate_act="identity"),
-    "g1-ns_sigmoid": dict(gate="g1", gate_act="ns_sigmoid"), "g1-no_input": dict(gate="g1", gate_input=False),
-    "g5-no_input": dict(gate="g5", gate_input=False),
-    "sdpa_norm": dict(gate="none", sdpa_norm=True), "sdpa_silu": dict(gate="none", sdpa_silu=True),
+    "g1-ns-sigmoid": dict(gate="g1", gate_act="ns_sigmoid"), "g1-no-input": dict(gate="g1", gate_input=False),
+    "g5-no-input": dict(gate="g5", gate_input=False),
+    "sdpa-norm": dict(gate="none", sdpa_norm=True), "sdpa-silu": dict(gate="none", sdpa_silu=True),
     "sandwich": dict(gate="none", norm="sandwich"),
     "g1-sandwich-untied": dict(norm="sandwich", tie_embeddings=False),
     "g1-gqa": dict(n_kv_head=2, head_dim=6), "g2-mqa": dict(gate="g2", n_kv_head=1),
@@ -587,7 +587,7 @@ def watched_generate(model, idx, n, **options):
 
 @pytest.mark.parametrize("prompt_length", [1, 3, 8, 9, 21])
 @pytest.mark.parametrize("block_size", [2, 3, 5, 8])
-@pytest.mark.parametrize("name", ["none", "g1", "g2", "g3", "g4", "g5", "g1-no_input", "g2-gqa-experts"])
+@pytest.mark.parametrize("name", ["none", "g1", "g2", "g3", "g4", "g5", "g1-no-input", "g2-gqa-experts"])
 def test_each_step_sees_what_a_plain_forward_over_its_window_sees(name, block_size, prompt_length):
     model, prompt = lively(tiny(block_size=block_size, **VARIANTS[name])), tokens(1, prompt_length)
     text, _, logits = watched_generate(model, prompt, 20, temperature=0)
@@ -735,7 +735,7 @@ def test_a_text_longer_than_the_window_is_refused_with_both_numbers():
 
 @pytest.mark.parametrize("name, said", [
     ("none", "none"), ("g1", "g1"), ("g1-headwise", "g1-headwise"), ("g2-shared", "g2-shared"),
-    ("g1-add-silu", "g1-add-silu"), ("g1-ns_sigmoid", "g1-ns_sigmoid"), ("g1-no_input", "g1-no_input"),
-    ("sdpa_norm", "none-sdpa_norm")])
+    ("g1-add-silu", "g1-add-silu"), ("g1-ns-sigmoid", "g1-ns-sigmoid"), ("g1-no-input", "g1-no-input"),
+    ("sdpa-norm", "none-sdpa-norm")])
 def test_a_variant_has_a_name(name, said):
     assert tiny(**VARIANTS[name]).variant == said

@@ -537,9 +537,9 @@ def test_dropout_is_no_part_of_the_model_that_is_written(tmp_path):
 
 @pytest.mark.parametrize("fields, named", [
     (dict(gate="g2"), "g2"), (dict(gate="g5"), "g5"), (dict(gate_share=True), "g1-shared"),
-    (dict(gate_op="add", gate_act="silu"), "g1-add-silu"), (dict(gate_act="ns_sigmoid"), "g1-ns_sigmoid"),
-    (dict(gate_input=False), "g1-no_input"), (dict(gate="none", sdpa_norm=True), "sdpa_norm"),
-    (dict(gate="none", sdpa_silu=True), "sdpa_silu"), (dict(norm="sandwich"), "norm=sandwich"),
+    (dict(gate_op="add", gate_act="silu"), "g1-add-silu"), (dict(gate_act="ns_sigmoid"), "g1-ns-sigmoid"),
+    (dict(gate_input=False), "g1-no-input"), (dict(gate="none", sdpa_norm=True), "sdpa-norm"),
+    (dict(gate="none", sdpa_silu=True), "sdpa-silu"), (dict(norm="sandwich"), "norm=sandwich"),
     (dict(n_expert=4, n_embd=16, head_dim=4), "n_expert=4")], ids=str)
 def test_a_model_that_the_layout_has_no_words_for_is_refused_by_name(fields, named, tmp_path):
     with pytest.raises(ValueError, match=rf"\b{named}\b.*save_checkpoint"):

@@ -349,7 +349,8 @@ def test_a_prompt_goes_through_the_folders_tokenizer_and_nothing_is_put_in_front
     said = says(capsys, "--ckpt=released", "--prompt=Sparse 東京", "--tokens=12", "--temperature=0")
     start = ids(theirs, "Sparse 東京")
     made = greedy(GPT.from_pretrained("released"), start, 12)[len(start):]
-    assert said == (f"released: gate g1-headwise, a released model\n\nSparse 東京{shown(theirs, made)}\n")
+    assert said == ("released: gate g1-headwise, in the released layout, without a BOS\n\n"
+                    f"Sparse 東京{shown(theirs, made)}\n")
 
 
 def test_without_a_prompt_it_starts_from_the_token_that_is_named(theirs, released, capsys):
@@ -580,4 +581,5 @@ def test_the_commands_of_the_readme_work_on_a_small_folder_of_the_same_layout(re
         flags = [re.sub(r"=\S*1B_\w+$", "=released", flag) for flag in flags]
         flags = [re.sub(r"^--text=.*", "--text=text.txt", flag) for flag in flags]
         assert (python, script) == (".venv/bin/python", "sample.py")
-        assert "a released model" in says(capsys, *flags, *["--tokens=2"][: "--attn_share" not in flags])
+        said = says(capsys, *flags, *["--tokens=2"][: "--attn_share" not in flags])
+        assert "in the released layout" in said
