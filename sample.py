@@ -263,8 +263,8 @@ def main(argv=None):
         if flags.text:
             print(f"\n{means_table(layers, model.config.variant, *window.shape)}")
         if window.size(1) < SHORT:
-            print(f"\nOnly {window.size(1)} tokens at a time: so short, a text has a large share even without a sink.\n"
-                  "Compare it with the floor and with other models on the same text.")
+            print(f"\nOnly {window.size(1)} tokens at a time: a text this short has a large share even\n"
+                  "without a sink. Compare with the floor, and with other models on the same text.")
     if flags.attn_map:
         draw_maps(model, window[:1, :64], tokenizer, flags.attn_map)
         print(f"\n{flags.attn_map}: attention on the first {min(64, window.size(1))} tokens")
