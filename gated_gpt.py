@@ -109,6 +109,7 @@ class GPTConfig:
                "are no heads any more; g5 is elementwise and not shared")
         refuse(headwise and self.gate_share, "gate_kind=headwise with gate_share=True: a score for each head "
                "can't be one for all heads; choose one of the two")
+        refuse(self.n_layer > 10_000, f"n_layer={self.n_layer} is more than 10,000, which no memory holds")
         refuse(self.dropout >= 1, f"dropout={self.dropout} must be below 1")
         refuse(not (self.norm_eps > 0 and self.rope_base > 0),
                f"norm_eps={self.norm_eps} and rope_base={self.rope_base} must be above 0")
@@ -135,16 +136,20 @@ class GPTConfig:
 
 
 def check_fields(config, **least):
-    """Raise ValueError for a Literal field with another value, or a number too large or below its least.
+    """Raise ValueError for a field of another type or choice, or a number too large or below its least.
 
     The least is what `least` says for the field, else 1 for whole numbers and 0 for floats.
     """
     for f in dataclasses.fields(config):
         value, choices = getattr(config, f.name), get_args(f.type)
-        if get_origin(f.type) is Literal and value not in choices:
-            raise ValueError(f"{f.name}={value!r} is not one of {', '.join(choices)}")
-        if f.type in (int, int | None, float) and value is not None:
-            lowest, limit = (0, 1e300) if f.type is float else (1, 2**63)
+        if get_origin(f.type) is Literal:
+            if value not in choices:
+                raise ValueError(f"{f.name}={value!r} is not one of {', '.join(choices)}")
+            continue
+        if type(value) not in (choices or (f.type,)) and (type(value), f.type) != (int, float):
+            raise ValueError(f"{f.name}={value!r} must be of type {getattr(f.type, '__name__', f.type)}")
+        if type(value) in (int, float):
+            lowest, limit = (0, 1e38) if f.type is float else (1, 2**31)
             lowest = least.get(f.name, lowest)
             if not lowest <= value < limit:
                 raise ValueError(f"{f.name}={value} must be at least {lowest} and below {limit:g}")
@@ -403,7 +408,9 @@ class GPT(nn.Module):
         """A model whose parameters are these tensors, {name: tensor}: nothing is drawn, nothing copied."""
         with torch.device("meta"):  # names and shapes, no numbers
             model = cls(config)
-        model.load_state_dict({"lm_head.weight": weights["embed.weight"], **weights}, assign=True)
+        if config.tie_embeddings:
+            weights = weights | {"lm_head.weight": weights["embed.weight"]}
+        model.load_state_dict(weights, assign=True)
         if config.tie_embeddings:
             model.lm_head.weight = model.embed.weight
         model.cos, model.sin = rope_table(config)
@@ -480,7 +487,7 @@ class GPT(nn.Module):
 
 def sample(logits, temperature, top_k, generator):
     """Draw a token for each row of logits (B, V): (B, 1). Temperature 0: the likeliest; top_k: one of k."""
-    if temperature == 0:
+    if temperature < 1e-30:  # 0, or so near that a division overflows
         return logits.argmax(-1, keepdim=True)
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
@@ -633,15 +640,17 @@ def load_checkpoint(path, device="cpu"):
     Raises ValueError with one sentence if the file is damaged (it is a zip archive, whose members have
     checksums), something else, from another version, or holds weights that are not finite.
     """
+    if not os.path.exists(path):
+        raise ValueError(f"no checkpoint at {path}: python train.py makes one")
+    if not os.path.isfile(path):  # nor a pipe, which could make us wait forever
+        raise ValueError(f"{path} is not a file: name one of save_checkpoint")
     try:
         with open(path, "rb") as file:
             if zipfile.ZipFile(file).testzip():
                 raise ValueError("a checksum does not fit")
             file.seek(0)
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"no checkpoint at {path}: python train.py makes one") from None
-    except (IsADirectoryError, PermissionError) as error:
+    except PermissionError as error:
         raise ValueError(f"{path} can't be read ({error.strerror}): name a file of save_checkpoint") from None
     except Exception:  # torch raises whatever the bytes lead it to: OSError, KeyError, IndexError, ...
         raise ValueError(f"{path} is not a whole checkpoint of gated_gpt.py: it is damaged, cut short, or "
@@ -651,8 +660,11 @@ def load_checkpoint(path, device="cpu"):
         raise ValueError(f"{path} has format {found!r}, and this version reads {FORMAT!r}: train again, or "
                          "use the version that wrote it")
     try:
-        model, state = GPT(GPTConfig(**content["config"])), content["state"]
-        model.load_state_dict(content["model"])
+        weights, state = content["model"], content["state"]
+        if other := [f"{name} in {w.dtype}" for name, w in weights.items() if not w.is_floating_point()]:
+            raise ValueError(", ".join(other))
+        model = GPT.with_weights(GPTConfig(**content["config"]), {
+            name: w.to(torch.float32, memory_format=torch.contiguous_format) for name, w in weights.items()})
     except Exception as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} does not fit this version's model ({reason}): train again, or use the "

@@ -7,21 +7,19 @@ Text from a trained model:
 
 --ckpt also takes the folder of a released model, with its config.json.
 
-Also the home of what both command lines share: finding runs, the table per layer, ending without a traceback.
+Also the home of what both command lines share: finding and opening runs, the table per layer.
 """
 import argparse
 import codecs
 import math
-import os
-import re
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from data import prepare
+from data.prepare import run_main
 from gated_gpt import GPT, attention_maps, load_checkpoint, measure, uniform_share
 
 SHORT = 512  # tokens; below this a first-token share says more about the length than about the model
@@ -50,6 +48,19 @@ def checkpoint_in(run, prefer="last"):
     return next((file for file in files if file.stem == prefer), files[0])
 
 
+STATE = {"step": int, "best": float, "seconds": float, "log": list, "losses": list, "optimizers": list,
+         "train_config": dict, "tokenizer": str, "data": str}  # what train.py saves beside a model
+
+
+def load_run(path):
+    """load_checkpoint of what train.py has saved. ValueError if it was something else."""
+    model, state = load_checkpoint(path)
+    state = state if isinstance(state, dict) else {}
+    if wrong := [name for name, kind in STATE.items() if type(state.get(name)) is not kind]:
+        raise ValueError(f"{path} has no {wrong[0]} as train.py saves it: name one of its checkpoints")
+    return model, state
+
+
 def open_model(path, dtype=None):
     """(model, its tokenizer's name, its BOS or None, what it is) of a checkpoint, a run or a released model.
 
@@ -61,17 +72,19 @@ def open_model(path, dtype=None):
         title = f"{path}: gate {model.config.variant}, in the released layout, without a BOS"
         return model, str(path.resolve()), None, title
     path = checkpoint_in(path, prefer="best") if path.is_dir() else path
-    model, state = load_checkpoint(path)
+    model, state = load_run(path)
     for p in model.parameters():
         p.data = p.data.to(dtype or p.dtype)
     title = (f"{path}: gate {model.config.variant}, step {state['step']}, data "
-             f"{state['train_config']['data']}")
+             f"{state['train_config'].get('data')}")
     return model, state["tokenizer"], prepare.bos_id(state["tokenizer"]), title
 
 
 def checked_device(name):
     """The torch.device of that name. ValueError if it is not there."""
     try:
+        if torch.device(name).type not in ("cpu", "cuda", "mps", "xpu"):
+            raise RuntimeError("it is none of cpu, cuda, mps, xpu")
         torch.empty(0, device=name)
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:
@@ -204,11 +217,15 @@ def parse_flags(argv=None):
     flags = parser.parse_args(argv)
     for name, least in (("tokens", 0), ("samples", 1), ("temperature", 0), ("top_k", 1), ("seed", 0)):
         value = getattr(flags, name)
-        if value is not None and not least <= value < math.inf:
-            raise ValueError(f"{name}={value} must be at least {least}")
+        if value is not None and not least <= value < 2**31:
+            raise ValueError(f"{name}={value} must be at least {least} and below {2**31:g}")
     if flags.text and (flags.prompt or not flags.attn_share):
         raise ValueError(f"text={flags.text} is for --attn_share to measure, not for a prompt to go on: "
                          "add --attn_share, leave out --prompt")
+    if flags.attn_map and Path(flags.attn_map).suffix not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"attn_map={flags.attn_map} must end in .png, .pdf or .svg")
+    if flags.prompt == "-" and sys.stdin is None:
+        raise ValueError("prompt=- reads from standard input, which is closed: give the text itself")
     if flags.compile and (flags.attn_share or flags.attn_map):
         raise ValueError("compile=True with attn_share or attn_map: a compiled model can't be looked into; "
                          "leave --compile out")
@@ -281,37 +298,6 @@ def written(model, idx, prompt, tokenizer, flags):
     whole = torch.cat((idx, idx.new_tensor(texts[:1])), dim=1)  # (1, t): BOS, prompt, first text
     room = model.config.block_size
     return whole if whole.size(1) <= room else torch.cat((whole[:, :1], whole[:, 1 - room :]), dim=1)
-
-
-def run_main(main):
-    """main(), but what a user can mend ends in one sentence and exit status 2, without a traceback."""
-    name = os.path.basename(sys.argv[0])
-
-    first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
-
-    def end(status, text):
-        if not first:  # torchrun ends all processes when one does: let the first say it, and speak only where
-            time.sleep(2)  # it has nothing to say
-        print(text, file=sys.stderr)
-        sys.exit(status)
-
-    if hasattr(sys.stdout, "reconfigure"):  # a pipe or a terminal that can't show a character shows a ?
-        sys.stdout.reconfigure(errors="replace")
-    try:
-        main()
-    except BrokenPipeError:  # whoever read our output has seen enough, as head does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except (ValueError, OSError, FloatingPointError) as error:
-        end(2, f"{name}: {error}")
-    except (MemoryError, RuntimeError) as error:
-        full = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not full and not re.search("allocate memory|(multiplication|calculation) overflow", str(error)):
-            raise
-        end(2, f"{name}: the memory is full: try a smaller --batch_size (with more --grad_accum), "
-               "--block_size or --n_embd")
-    except KeyboardInterrupt as interrupt:
-        end(130, f"\n{name}: {interrupt or 'interrupted'}") if first else sys.exit(130)
 
 
 if __name__ == "__main__":

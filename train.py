@@ -37,17 +37,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import prepare
-from gated_gpt import (
-    GPT,
-    GPTConfig,
-    check_fields,
-    load_checkpoint,
-    measure,
-    save_checkpoint,
-    uniform_share,
-    write_whole,
-)
-from sample import checked_device, checkpoint_in, layer_table, newest_run, open_model, run_main, stream_text
+from data.prepare import run_main
+from gated_gpt import GPT, GPTConfig, check_fields, measure, save_checkpoint, uniform_share, write_whole
+from sample import checked_device, checkpoint_in, layer_table, load_run, newest_run, open_model, stream_text
 
 
 @dataclass
@@ -256,14 +248,22 @@ def gathered(tree, keep):
     return tree
 
 
-def scattered(saved, optimizer):
-    """An optimizer's saved state with its moments spread over the processes as its parameters are."""
-    from torch.distributed.tensor import distribute_tensor
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for p, moments in zip(parameters, saved["state"].values()):
-        moments |= {name: distribute_tensor(value, p.device_mesh, p.placements)
-                    for name, value in moments.items() if value.shape == p.shape}
-    return saved
+def load_moments(optimizer, saved, shard):
+    """Give an optimizer its saved moments, spread over the processes as its parameters are if `shard`.
+
+    Raises ValueError, or KeyError, if they are not its own: torch's kernels would read beyond their ends.
+    """
+    adamw = isinstance(optimizer, torch.optim.AdamW)
+    names, state = ("step", "exp_avg", "exp_avg_sq") if adamw else ("momentum_buffer",), {}
+    for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        state[i] = {name: saved["state"][i][name] for name in names}
+        for name, value in state[i].items():
+            if value.shape != (() if name == "step" else p.shape):
+                raise ValueError(f"{name} {list(value.shape)} of a parameter {list(p.shape)}")
+            if shard and name != "step":
+                from torch.distributed.tensor import distribute_tensor
+                state[i][name] = distribute_tensor(value, p.device_mesh, p.placements)
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -369,12 +369,18 @@ def run_folder(config, c):
         name = f"out/{c.data}-{config.variant}"
         numbered = map(Path, chain([name], (f"{name}-{i}" for i in count(2))))
         return next(path for path in numbered if not path.exists())
-    if Path(c.out).is_file():
-        raise ValueError(f"out={c.out} is a file: name a folder")
-    if list(Path(c.out).glob("*.pt")) and not c.overwrite:
+    if not c.out or (Path(c.out).exists() and not Path(c.out).is_dir()):
+        raise ValueError(f"out={c.out!r} is not a folder: name one, or leave --out out")
+    if files_of_run(c.out) and not c.overwrite:
         raise ValueError(f"{c.out} holds a run already: --resume goes on with it, --overwrite replaces it, "
                          "another --out leaves it alone")
     return Path(c.out)
+
+
+def files_of_run(folder):
+    """{path: when it was written} of what a run leaves in its folder, as far as it is there."""
+    paths = [Path(folder, name) for name in ("last.pt", "best.pt", "log.csv")]
+    return {path: path.stat().st_mtime_ns for path in paths if path.exists()}
 
 
 NOT_IN_WEIGHTS = ("block_size", "dropout", "balance_loss", "router_z_loss")  # what --init_from leaves free
@@ -509,6 +515,7 @@ class Run:
         if config.vocab_size < self.meta["vocab_size"]:
             raise ValueError(f"vocab_size={config.vocab_size} is below the {self.meta['vocab_size']} tokens "
                              f"of {c.data}: " + (f"prepare data in the tokens of {c.init_from}" if c.init_from
+                                                 else "prepare the data of the run again" if c.resume
                                                  else "leave it out, and the data says it"))
         return config
 
@@ -526,6 +533,7 @@ class Run:
     def start(self, config):
         """A new run: fresh weights from the seed, or those of --init_from."""
         self.out = agreed(run_folder(config, self.c) if self.rank == 0 else None)
+        self.found = files_of_run(self.out)
         torch.manual_seed(self.c.seed)
         self.place(initial_model(config, self.c, self.meta) if self.c.init_from else GPT(config))
         self.state = {"step": 0, "best": math.inf, "seconds": 0.0, "log": [], "losses": []}
@@ -543,8 +551,8 @@ class Run:
     def resume(self, config):
         """Everything as the checkpoint has it; the number of processes may be another."""
         self.out = Path(self.c.out) if self.c.out else newest_run()
-        path = checkpoint_in(self.out)
-        model, self.state = load_checkpoint(path)
+        self.found, path = files_of_run(self.out), checkpoint_in(self.out)
+        model, self.state = load_run(path)
         if self.state["step"] >= self.c.max_steps:
             raise ValueError(f"{path} is at step {self.state['step']} of max_steps={self.c.max_steps}: "
                              "a larger --max_steps goes on")
@@ -559,12 +567,16 @@ class Run:
                              "the same data again, or start a new run")
         old = self.state["train_config"]
         for name in ("optimizer", "weight_decay", "beta1", "beta2"):
-            if getattr(self.c, name) != old[name]:
-                raise ValueError(f"{name}={getattr(self.c, name)} (there {old[name]}): a resumed run keeps "
-                                 f"the optimizer of {path}; leave --{name} out, or start a new run")
+            if getattr(self.c, name) != old.get(name):
+                raise ValueError(f"{name}={getattr(self.c, name)} (there {old.get(name)}): a resumed run "
+                                 f"keeps the optimizer of {path}; leave --{name} out, or start a new run")
         self.place(model)
-        for optimizer, saved in zip(self.optimizers, self.state.pop("optimizers"), strict=True):
-            optimizer.load_state_dict(scattered(saved, optimizer) if self.c.shard else saved)
+        try:
+            for optimizer, saved in zip(self.optimizers, self.state.pop("optimizers"), strict=True):
+                load_moments(optimizer, saved, self.c.shard)
+        except (LookupError, TypeError, ValueError, AttributeError):
+            raise ValueError(f"{path} has moments that don't fit its optimizer: start a new run, perhaps "
+                             f"with --init_from={path}") from None
 
     def describe(self, **machine):
         c, model, T = self.c, self.model, self.model.config.block_size
@@ -588,9 +600,8 @@ class Run:
         with (nullcontext() if self.rank else locked(self.out), stop_signals() as stop,
               tqdm(total=c.max_steps, initial=state["step"], unit="step", leave=False,
                    disable=True if self.rank else hide_bar) as bar):
-            if c.overwrite and not self.rank:
-                for old in (*self.out.glob("*.pt"), *self.out.glob("log.csv")):
-                    old.unlink()
+            if not self.rank and files_of_run(self.out) != self.found:
+                raise ValueError(f"another run has written to {self.out} in the meantime: start again")
             while state["step"] < c.max_steps:
                 pending.append(self.step())
                 state["step"] += 1
@@ -649,7 +660,7 @@ class Run:
         if math.isfinite(loss):
             return
         rate, kept = learning_rate_at(step - 1, self.c), "no checkpoint was made yet"
-        if any(self.out.glob("*.pt")):
+        if any(path.suffix == ".pt" for path in files_of_run(self.out)):
             kept = f"{checkpoint_in(self.out)} is from before"
         raise FloatingPointError(
             f"the {what} loss is {loss} at step {step}, learning rate {rate:.2g}: try a smaller "
@@ -673,8 +684,8 @@ class Run:
                 row[name] = sum(layer[name] for layer in layers) / len(layers)  # the paper's mean over layers
         state["log"].append(row)
         state["losses"] = []
+        self.save_evaluated(val)  # first: the terminal may be gone
         self.say(line(row | {"mfu": row["tokens_per_second"] / self.full_speed}, self.shown))
-        self.save_evaluated(val)
         self.began, self.tokens = time.perf_counter(), 0
 
     @torch.no_grad()
@@ -721,7 +732,12 @@ class Run:
             weights = gathered(model.state_dict(), keep=self.rank == 0)
             model = GPT.with_weights(model.config, weights) if self.rank == 0 else None
         if self.rank == 0:
+            self.out.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
             save_checkpoint(self.out / f"{name}.pt", model, state)
+            if self.c.overwrite:  # with the first save, and no sooner, the run before is gone
+                for old in self.found.keys() - {self.out / f"{name}.pt"}:
+                    old.unlink(missing_ok=True)
+            self.found = {}
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -787,7 +803,7 @@ def configs_from(flags):
             if name in flags:
                 raise ValueError(f"{name}={flags[name]} and resume: a run has its own values; leave one out")
         out = Path(flags["out"]) if "out" in flags else newest_run()
-        model, state = load_checkpoint(checkpoint_in(out))
+        model, state = load_run(checkpoint_in(out))
         why, values = f"preset   as in {out}", dataclasses.asdict(model.config) | state["train_config"]
         values |= {"out": str(out), "overwrite": False}
     else:
@@ -839,7 +855,7 @@ def conclude(run, log):
         tokenizer = prepare.get_tokenizer(run.meta["tokenizer"])
     except OSError as error:
         return print(f"no sample here: {error}")
-    model, generator = load_checkpoint(path)[0], torch.Generator().manual_seed(c.seed)
+    model, generator = load_run(path)[0], torch.Generator().manual_seed(c.seed)
     tokens = model.stream(torch.tensor([[run.meta["bos"]]]), 120, temperature=0.8, generator=generator)
     print(f"\na sample from {path}:\n" + "".join(stream_text((t.item() for t in tokens), tokenizer)))
 

@@ -19,10 +19,12 @@ import json
 import os
 import platform
 import re
+import signal
 import string
 import sys
 import sysconfig
 import tempfile
+import time
 import urllib.request
 from functools import cache
 from pathlib import Path
@@ -33,13 +35,14 @@ from tqdm import tqdm
 
 if not __package__:   # run as a script, which sees its own folder only
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data.released_tokenizer import folder_bos, folder_tokenizer  # noqa: E402
+from data.released_tokenizer import StrictEncoding, folder_bos, folder_tokenizer  # noqa: E402
 
 DATA = Path(__file__).resolve().parent
 SPLITS = ("train", "val")
 VAL_SHARE = 0.05   # of the files where there are many, else of each text
 MANY_FILES = 20    # from here on val is made of whole files
 MIN_TOKENS = 64    # a split with less holds no window worth training on
+NAME = r"\w[\w.-]*"   # of a set, which is that of its folder
 
 # --- tokenizers: three tiktoken encodings; the last id is the token before each text and each window --------
 
@@ -86,8 +89,8 @@ def get_tokenizer(name):
 
 def encoding_of(name, pattern, ranks):
     """The tiktoken.Encoding of these tokens, {bytes: id}, with BOS behind them."""
-    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, explicit_n_vocab=BOS[name] + 1,
-                             special_tokens={"<|bos|>": BOS[name]})
+    return StrictEncoding(name, pat_str=pattern, mergeable_ranks=ranks, explicit_n_vocab=BOS[name] + 1,
+                          special_tokens={"<|bos|>": BOS[name]})
 
 
 def bpe2k_ranks():
@@ -191,6 +194,8 @@ def load(name, root=DATA):
 
     Raises FileNotFoundError if there is no such set and ValueError if it is damaged; both name the way out.
     """
+    if not re.fullmatch(NAME, name):
+        raise ValueError(f"data={name} can't name a folder in {root}: letters, digits and . _ - only")
     path = Path(root, name, "meta.json")
     again = f"python data/prepare.py {name if name in SETS else f'FILES --name={name}'}"
     if not path.is_file():
@@ -274,7 +279,11 @@ def encode(splits, tokenizer, bos=True):
     def arrays(split):
         for text in tqdm(splits[split], desc=split, unit=" texts", leave=False, disable=None):
             # A text that says "<|bos|>" means these seven characters.
-            tokens = get_tokenizer(tokenizer).encode_to_numpy(text, disallowed_special=())
+            try:
+                tokens = get_tokenizer(tokenizer).encode_to_numpy(text, disallowed_special=())
+            except ValueError as error:   # of the library of regular expressions
+                raise ValueError(f"a text of {len(text):,} characters can't be split into tokens ({error}): "
+                                 "has it millions of spaces in a row? --tokenizer=bytes takes all") from None
             yield np.append(np.uint32(bos_id(tokenizer)), tokens) if bos else tokens
     return {split: arrays(split) for split in SPLITS}
 
@@ -477,7 +486,7 @@ def prepare_files(paths, name=None, tokenizer="bpe2k", root=DATA):
 
 def check_name(name, source, root):
     """The same files may be prepared again, but never in the place of anything else."""
-    if not re.fullmatch(r"\w[\w.-]*", name):
+    if not re.fullmatch(NAME, name):
         raise ValueError(f"--name={name} must be letters, digits and . _ - only, since it names a folder")
     try:
         same = json.loads(Path(root, name, "meta.json").read_text())["source"] == source
@@ -501,21 +510,48 @@ def main(argv=None):
     what = options.pop("what")
     by_name = set(what) <= set(SETS)   # A set wins over a file of the same name.
     own = ["root"] + (["name", "tokenizer"] if not by_name else ["shards"] if what == ["fineweb"] else [])
+    if wrong := [option for option in options if option not in own]:
+        raise ValueError(f"--{wrong[0]} does not go with {' '.join(what)}: it takes --{', --'.join(own)}")
+    if not by_name:
+        prepare_files(what, **options)
+    for name in what if by_name else ():
+        prepare(name, **options)
+
+
+def run_main(main):
+    """A script's main(), but what a user can mend ends in one sentence and status 2, without a traceback."""
+    name = os.path.basename(sys.argv[0])
+    first = os.environ.get("RANK", "0") == "0"   # of torchrun's processes
+
+    def end(status, text):
+        if not first:   # torchrun ends all processes when one does: let the first say it, and speak only
+            time.sleep(2)   # where it has nothing to say
+        print(text, file=sys.stderr)
+        sys.exit(status)
+
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
+    if hasattr(sys.stdout, "reconfigure"):   # a pipe or a terminal that can't show a character shows a ?
+        sys.stdout.reconfigure(errors="replace")
+    if "RANK" not in os.environ:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)   # a plain kill ends like Ctrl-C
     try:
-        if wrong := [option for option in options if option not in own]:
-            raise ValueError(f"--{wrong[0]} does not go with {' '.join(what)}: it takes --{', --'.join(own)}")
-        if not by_name:
-            prepare_files(what, **options)
-        for name in what if by_name else ():
-            prepare(name, **options)
-    except (ValueError, OSError) as error:
-        print(f"prepare.py: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nprepare.py: interrupted", file=sys.stderr)
-        return 130
-    return 0
+        main()
+    except BrokenPipeError:   # whoever read our output has seen enough, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except (ValueError, OSError, FloatingPointError) as error:
+        where, why = getattr(error, "filename", None), getattr(error, "strerror", None)
+        known = where and why
+        end(2, f"{name}: " + (f"{where} can't be used ({why}): name another place" if known else str(error)))
+    except (MemoryError, RuntimeError) as error:
+        full = "out of memory|allocate memory|(multiplication|calculation) overflow"   # in torch's words
+        if not isinstance(error, MemoryError) and not re.search(full, str(error)):
+            raise
+        end(2, f"{name}: the memory is full: try a smaller --batch_size (with more --grad_accum), "
+               "--block_size, --n_embd, or less text")
+    except KeyboardInterrupt as interrupt:
+        end(130, f"\n{name}: {str(interrupt) or 'interrupted'}") if first else sys.exit(130)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

@@ -23,7 +23,8 @@ RELEASED_CONFIG = {  # our field: their key in config.json
     "head_dim": "head_dim", "mlp_hidden": "intermediate_size", "rope_base": "rope_theta",
     "qk_norm": "use_qk_norm", "norm_eps": "rms_norm_eps", "tie_embeddings": "tie_word_embeddings"}
 RELEASED_FIXED = {"model_type": "qwen3", "hidden_act": "silu", "use_sliding_window": False,  # or not there
-                  "rope_scaling": None, "rope_parameters": None, "quantization_config": None}
+                  "partial_rotary_factor": 1.0, "rope_scaling": None, "rope_parameters": None,
+                  "quantization_config": None}
 GATE_FLAGS = "headwise_attn_output_gate", "elementwise_attn_output_gate"
 RELEASED_GATES = {"none": (False, False), "g1": (False, True), "g1-headwise": (True, False)}
 RELEASED_PARTS = {  # a part of our parameters' names: theirs, where it is another
@@ -76,7 +77,9 @@ def released_config(folder):
     wrong = [key for key, only in RELEASED_FIXED.items() if asked.get(key) not in (only, None)]
     wrong += [key for name, key in RELEASED_CONFIG.items()
               if not isinstance(asked.get(key, ""), float | int if types[name] is float else types[name])
+              or type(asked[key]) is bool is not types[name]  # to Python, true is a whole number
               or abs(asked[key] or 0) > (1e300 if types[name] is float else 2**21)]  # what fits nowhere
+    wrong += ["layer_types"] * any(kind != "full_attention" for kind in asked.get("layer_types") or ())
     wrong += () if gate else GATE_FLAGS
     try:
         if wrong:

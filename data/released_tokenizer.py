@@ -19,7 +19,7 @@ QWEN_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?
 SPECIAL_TOKENS = "tokenizer_config.json", "added_tokens.json"  # where such a folder keeps them
 
 
-class FolderEncoding(tiktoken.Encoding):
+class StrictEncoding(tiktoken.Encoding):
     """An encoding that refuses text with no UTF-8 form, where tiktoken would put U+FFFD without a word."""
     form = None   # of Unicode, to which text is brought first
 
@@ -41,7 +41,7 @@ class FolderEncoding(tiktoken.Encoding):
         return super().encode_to_numpy(self.prepared(text), **options)
 
 
-class NFCEncoding(FolderEncoding):
+class NFCEncoding(StrictEncoding):
     form = "NFC"
 
 
@@ -62,7 +62,7 @@ def folder_tokenizer(folder):
         ranks = checked_ranks(vocab, merges, special)
         # What the pattern does not match, tiktoken would drop; and no match may be empty (\G: its start).
         pattern = rf"(?:{pattern})(?!\G)|(?:(?!(?:{pattern})(?!\G))[\s\S])+"
-        kind = NFCEncoding if nfc else FolderEncoding
+        kind = NFCEncoding if nfc else StrictEncoding
         return kind("released", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{folder} holds no tokenizer ({Path(error.filename).name} is missing): put "
@@ -94,8 +94,10 @@ def check_unchanged(path):
     Without either nothing is known, as the formats have no checksums of their own.
     """
     path, cache = Path(path).absolute(), ".cache/huggingface/download"
-    if not path.is_file():
+    if not path.exists():
         return  # whoever reads it will say so
+    if not path.is_file():  # nor a pipe, which could make us wait forever
+        raise ValueError(f"{path} is not a file: get it again")
     notes = {path.with_name(SUMS): rf"^([0-9a-f]{{64}}) [ *]{re.escape(path.name)}$"} | {
         root / cache / path.relative_to(root).with_name(f"{path.name}.metadata"):
             r"\A.*\n([0-9a-f]{64}|[0-9a-f]{40})$" for root in path.parents}

@@ -219,6 +219,12 @@ def test_a_folder_and_a_missing_file_are_refused(tmp_path):
     assert "train.py" in refusal(tmp_path / "missing.pt")
 
 
+@forks
+def test_a_pipe_is_refused_where_one_would_wait_forever(tmp_path):
+    os.mkfifo(tmp_path / "model.pt")
+    assert "is not a file" in refusal(tmp_path / "model.pt")
+
+
 @pytest.mark.parametrize("content", [{"weights": torch.zeros(3)}, {"model": {}, "config": {}}, [1, 2],
                                      torch.zeros(3), "text", None, {}], ids=str)
 def test_the_file_of_another_program_is_refused(tmp_path, content):

@@ -6,6 +6,7 @@ import http.server
 import json
 import pickle
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -538,6 +539,19 @@ def test_a_damaged_set_is_whole_again_after_the_command_that_the_message_names(s
     load("backcopy", small.parent)
 
 
+@pytest.mark.parametrize("name", ["../data/backcopy", "", ".", "a/b", "-x"])
+def test_a_name_that_leads_out_of_the_folder_of_sets_is_refused(small, name):
+    with pytest.raises(ValueError, match=re.escape(f"data={name} can't name a folder")):
+        load(name, small.parent)
+
+
+@pytest.mark.parametrize("character", ["\ud800", "\udcff"])
+def test_text_with_half_a_character_is_refused_with_its_place(character):
+    for name in ("bytes", "bpe2k"):
+        with pytest.raises(ValueError, match="character 2 of the text.* has no UTF-8 form"):
+            get_tokenizer(name).encode_ordinary(f"ab{character}")
+
+
 def test_a_missing_set_is_answered_with_what_is_there_and_the_command(small):
     with pytest.raises(FileNotFoundError, match="no data set 'backcpoy'.*there: backcopy;.*python, back"):
         load("backcpoy", small.parent)
@@ -609,15 +623,15 @@ def test_a_mistake_is_one_sentence_with_status_2_and_no_traceback(tmp_path, root
     (["notes.txt", "--shards=2"], "--shards does not go with notes.txt: it takes --root, --name, --token"),
     (["pyhton"], "pyhton is neither a file or folder nor one of python, backcopy, shakespeare, fineweb"),
 ])
-def test_options_that_do_not_fit_are_refused(args, message, capsys):
-    assert data.main(args) == 2
-    assert message in capsys.readouterr().err
+def test_options_that_do_not_fit_are_refused(args, message):
+    with pytest.raises((ValueError, OSError), match=re.escape(message)):
+        data.main(args)
 
 
 def test_a_set_wins_over_a_file_of_the_same_name(tmp_path, root, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "python").write_text(TEXT)
-    assert data.main(["python", "--root", str(root)]) == 0
+    data.main(["python", "--root", str(root)])
     assert load("python", root)[0]["source"].startswith("the standard library")
 
 

@@ -277,7 +277,9 @@ def refusal(folder, **options):
     dict(use_sliding_window=True), dict(rope_scaling={"rope_type": "yarn"}), dict(hidden_act="gelu"),
     dict(model_type="qwen2"), dict(quantization_config={"bits": 4}), dict(rope_parameters={"rope_theta": 1}),
     dict(headwise_attn_output_gate="yes"), dict(tie_word_embeddings="false"), dict(hidden_size="20"),
-    dict(num_hidden_layers=2.0), dict(rope_theta=None), dict(vocab_size=-23), dict(rms_norm_eps=0)], ids=str)
+    dict(num_hidden_layers=2.0), dict(hidden_size=True), dict(rope_theta=True), dict(rope_theta=None),
+    dict(partial_rotary_factor=0.5), dict(layer_types=["full_attention", "sliding_attention"]),
+    dict(vocab_size=-23), dict(rms_norm_eps=0)], ids=str)
 def test_a_config_that_asks_for_what_the_model_cannot_do_is_refused_by_name_and_value(changes, tmp_path):
     write_folder(tmp_path, drawn_tensors(CONFIG), **changes)
     (key, value), said = *changes.items(), refusal(tmp_path)
@@ -304,8 +306,16 @@ def test_both_gates_at_once_contradict_each_other(tmp_path):
 def test_a_config_with_absurd_numbers_is_refused_before_anything_is_made(changes, tmp_path):
     write_folder(tmp_path, drawn_tensors(CONFIG), **changes)
     (key, value), said = *changes.items(), refusal(tmp_path)
-    ours = {"rms_norm_eps": "norm_eps"}.get(key, key)
+    ours = {"rms_norm_eps": "norm_eps", "num_hidden_layers": "n_layer"}.get(key, key)
     assert f"{key}={value!r}" in said or f"{ours}={value!r}" in said or f"rope_base={value!r}" in said
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_pipe_is_refused_where_one_would_wait_forever(name, tmp_path):
+    write_folder(tmp_path, drawn_tensors(CONFIG))
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    assert f"{name} is not a file" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("key", ["head_dim", "num_key_value_heads"])

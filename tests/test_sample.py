@@ -274,6 +274,25 @@ def test_attn_map_in_a_folder_that_is_not_there_is_refused(run, capsys):
 # Which checkpoint
 
 
+def test_attn_map_is_a_file_of_a_kind_that_can_be_drawn(run, capsys, here):
+    for name in ("map", "map.txt", str(here)):
+        assert f"attn_map={name} must end in .png" in refusal(capsys, f"--attn_map={name}")
+
+
+def test_a_prompt_with_half_a_character_is_refused_before_anything_is_made_of_it(run, capsys):
+    assert "no UTF-8 form" in refusal(capsys, "--prompt=a\udcff")
+
+
+def test_a_standard_input_that_is_closed_is_no_prompt(run, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "standard input, which is closed" in refusal(capsys, "--prompt=-")
+
+
+@pytest.mark.parametrize("temperature", ["1e-20", "1e-45", "1e-320"])
+def test_a_temperature_next_to_0_is_as_good_as_0(temperature, run, printed):
+    assert printed(f"--temperature={temperature}", "--tokens=9") == printed("--temperature=0", "--tokens=9")
+
+
 def test_the_newest_run_is_the_default_and_its_best_checkpoint_the_first_choice(run, capsys):
     for number, name in enumerate(("older", "newest", "old")):
         shutil.copytree(run, Path("out", name))
@@ -325,7 +344,7 @@ def test_a_flag_that_is_unknown_or_shortened_or_no_number_is_refused(flag, run, 
     assert flag.split("=")[0] in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("device", ["banana", "cuda:99"])
+@pytest.mark.parametrize("device", ["banana", "cuda:99", "meta", "hpu"])
 def test_a_device_that_is_not_there_is_refused_by_name_and_not_blamed_on_the_checkpoint(device, run, capsys):
     said = refusal(capsys, f"--device={device}")
     assert device in said and "cut short" not in said

@@ -46,7 +46,11 @@ both_optimizers = pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 
 def fit(**fields):
     """The log of a tiny run."""
-    return train.train(*train.make_configs(TINY | fields), quiet=True)
+    return train.train(*configs(**fields), quiet=True)
+
+
+def configs(**fields):
+    return train.make_configs(TINY | fields)
 
 
 def flags(**fields):
@@ -705,6 +709,83 @@ def test_a_folder_belongs_to_one_run_until_it_ends():
         log = fit(out="run", overwrite=True, max_steps=3, eval_every=1)
     assert [row["step"] for row in load_checkpoint("run/last.pt")[1]["log"]] == [row["step"] for row in log]
     fit(out="run", max_steps=4, resume=True)  # and now it is free
+
+
+@pytest.mark.parametrize("choice", [dict(), dict(overwrite=True), dict(resume=True)], ids=str)
+def test_a_run_that_another_one_has_overtaken_is_refused(choice):
+    """While the first compiles, say, a second trains in the same folder, to its end."""
+    if choice:
+        fit(out="run", max_steps=2)
+    first = train.Run(*configs(out="run", max_steps=6, **choice), say=lambda text: None)
+    fit(out="run", max_steps=4, seed=1, overwrite=bool(choice))
+    with pytest.raises(ValueError, match="another run has written to run in the meantime"):
+        first.loop(hide_bar=True)
+    assert load_checkpoint("run/last.pt")[1]["step"] == 4
+
+
+def test_what_is_not_of_a_run_is_not_overwritten():
+    fit(out="run")
+    Path("run/mine.pt").write_text("precious")
+    fit(out="run", overwrite=True)
+    assert Path("run/mine.pt").read_text() == "precious"
+    with pytest.raises(ValueError, match="out='' is not a folder"):
+        fit(out="", overwrite=True)
+
+
+def test_a_run_is_overwritten_only_once_there_is_something_better():
+    fit(out="run", max_steps=6, eval_every=6)
+    before = {path: path.read_bytes() for path in Path("run").iterdir()}
+    with pytest.raises(FloatingPointError):
+        fit(out="run", overwrite=True, max_steps=50, eval_every=100, **EXPLODE)
+    assert {path: path.read_bytes() for path in Path("run").iterdir()} == before
+
+
+def test_a_folder_that_is_removed_while_a_run_goes_on_is_made_again():
+    with at_forward(2, lambda: shutil.rmtree("run")):
+        fit(out="run", max_steps=4, eval_every=2)
+    assert load_checkpoint("run/last.pt")[1]["step"] == 4
+
+
+def test_what_an_evaluation_found_is_saved_before_it_is_said():
+    def say(text):
+        if re.match(r" +2 ", text):
+            raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        train.Run(*configs(out="run", max_steps=4, eval_every=2), say=say).loop(hide_bar=True)
+    assert load_checkpoint("run/last.pt")[1]["step"] == 2
+
+
+@pytest.mark.parametrize("optimizer, name", [("adamw", "exp_avg"), ("adamw", "step"),
+                                             ("muon", "momentum_buffer")])
+@pytest.mark.parametrize("change", [lambda moments, name: moments.update({name: torch.zeros(3)}),
+                                    lambda moments, name: moments.pop(name)], ids=["shape", "gone"])
+def test_moments_that_do_not_fit_their_parameters_are_refused(optimizer, name, change):
+    """Fused kernels would read and write beyond their ends."""
+    fit(out="run", max_steps=2, optimizer=optimizer)
+    model, state = load_checkpoint("run/last.pt")
+    change(state["optimizers"][-1]["state"][0], name)
+    train.save_checkpoint("run/last.pt", model, state)
+    with pytest.raises(ValueError, match="run/last.pt has moments that don't fit"):
+        fit(out="run", max_steps=4, optimizer=optimizer, resume=True)
+
+
+@pytest.mark.parametrize("change", [("step", None), ("step", "3"), ("log", "abc"), ("train_config", []),
+                                    ("tokenizer", 7), ("optimizers", None), ("data", None)], ids=str)
+def test_a_state_that_train_py_did_not_save_is_refused(change):
+    fit(out="run", max_steps=2)
+    model, state = load_checkpoint("run/last.pt")
+    train.save_checkpoint("run/last.pt", model, state | dict([change]))
+    for refused in (partial(fit, out="run", max_steps=4, resume=True), partial(sample.open_model, "run")):
+        with pytest.raises(ValueError, match=f"run/last.pt has no {change[0]} as train.py saves it"):
+            refused()
+
+
+@pytest.mark.parametrize("name, value", [("n_layer", 2.0), ("n_layer", True), ("tie_embeddings", "no"),
+                                         ("rope_base", "10"), ("data", None), ("max_steps", "4")])
+def test_a_notebook_is_told_of_a_value_of_another_type(name, value):
+    with pytest.raises(ValueError, match=f"{name}={value!r} must be of type"):
+        train.make_configs({"vocab_size": 8, name: value})
 
 
 def test_weights_that_are_not_finite_are_neither_saved_nor_loaded():
