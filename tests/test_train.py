@@ -773,7 +773,7 @@ def test_moments_that_do_not_fit_their_parameters_are_refused(optimizer, name, c
 @pytest.mark.parametrize("change", [("step", None), ("step", "3"), ("log", "abc"), ("train_config", []),
                                     ("tokenizer", 7), ("optimizers", None), ("data", None)], ids=str)
 def test_a_state_that_train_py_did_not_save_is_refused(change):
-    fit(out="run", max_steps=2)
+    fit(out="run", max_steps=2, keep="last")
     model, state = load_checkpoint("run/last.pt")
     train.save_checkpoint("run/last.pt", model, state | dict([change]))
     for refused in (partial(fit, out="run", max_steps=4, resume=True), partial(sample.open_model, "run")):
