@@ -615,7 +615,7 @@ def save_checkpoint(path, model, state):
 def write_whole(writers):
     """For each {path: writer} call writer(temporary path); when all are on disk, move them to their paths.
 
-    Raises OSError, and leaves what was there, when one can't be written (or moved, if it is the first).
+    Raises OSError when one can't be written; what was there is then as it was.
     """
     try:
         for path, write in writers.items():

@@ -79,7 +79,8 @@ def released_config(folder):
               if not isinstance(asked.get(key, ""), float | int if types[name] is float else types[name])
               or type(asked[key]) is bool is not types[name]  # to Python, true is a whole number
               or abs(asked[key] or 0) > (1e300 if types[name] is float else 2**21)]  # what fits nowhere
-    wrong += ["layer_types"] * any(kind != "full_attention" for kind in asked.get("layer_types") or ())
+    kinds = asked.get("layer_types") or []
+    wrong += ["layer_types"] * (not isinstance(kinds, list) or kinds.count("full_attention") < len(kinds))
     wrong += () if gate else GATE_FLAGS
     try:
         if wrong:

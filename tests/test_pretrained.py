@@ -279,7 +279,7 @@ def refusal(folder, **options):
     dict(headwise_attn_output_gate="yes"), dict(tie_word_embeddings="false"), dict(hidden_size="20"),
     dict(num_hidden_layers=2.0), dict(hidden_size=True), dict(rope_theta=True), dict(rope_theta=None),
     dict(partial_rotary_factor=0.5), dict(layer_types=["full_attention", "sliding_attention"]),
-    dict(vocab_size=-23), dict(rms_norm_eps=0)], ids=str)
+    dict(layer_types=5), dict(vocab_size=-23), dict(rms_norm_eps=0)], ids=str)
 def test_a_config_that_asks_for_what_the_model_cannot_do_is_refused_by_name_and_value(changes, tmp_path):
     write_folder(tmp_path, drawn_tensors(CONFIG), **changes)
     (key, value), said = *changes.items(), refusal(tmp_path)
