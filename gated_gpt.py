@@ -195,7 +195,7 @@ class Gate(nn.Module):
 
 def rope_table(config):
     """What rope multiplies with, (block_size, 1, hs) each: (cos, cos) and (-sin, sin) of the angles."""
-    frequency = config.rope_base ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)  # (hs/2,)
+    frequency = float(config.rope_base) ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)  # (hs/2,)
     angle = torch.arange(config.block_size)[:, None, None] * frequency  # (block_size, 1, hs/2)
     cos, sin = angle.cos(), angle.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)

@@ -1,9 +1,11 @@
 """Claims about what a run survives. Short, and with --long at their full length; -rP shows the counts."""
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import io
 import itertools
+import json
 import math
 import multiprocessing
 import os
@@ -339,6 +341,45 @@ def test_a_damaged_tokenizer_that_was_downloaded_is_refused_or_unharmed(here, lo
 
     tokens = read()
     refused_or_unharmed(file, read, lambda found: found == tokens, 250 if long else 40)
+
+
+ODD = [None, True, 0, -1, 2, 1.5, 1e400, 10**6, 10**30, "", "x", "\ud800", [], [1], {}, {"a": 1}]
+
+
+def made_odd(node, dice):
+    """Another value, or none, somewhere in what a JSON file says."""
+    key = dice.choice(list(node) if isinstance(node, dict) else range(len(node)))
+    if isinstance(node[key], dict | list) and node[key] and dice.random() < 0.5:
+        made_odd(node[key], dice)
+    elif dice.random() < 0.2:
+        del node[key]
+    else:
+        node[key] = copy.deepcopy(dice.choice(ODD))
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_json_file_may_say_anything_and_is_refused_or_read(here, name, long):
+    """By somebody's hand, that is, where no checksum is there to tell."""
+    trained, dice, refused = pytest.importorskip("test_pretrained_text").trained, random.Random(0), 0
+    GPT(GPTConfig(vocab_size=800, n_layer=1, n_head=2, n_embd=16, block_size=8)).save_pretrained("folder")
+    Path("folder/SHA256SUMS").unlink()
+    trained().save("folder/tokenizer.json")
+    path, tries = Path("folder", name), 1000 if long else 100
+    whole = json.loads(path.read_text())
+    for _ in range(tries):
+        content = copy.deepcopy(whole)
+        for _ in range(dice.choice([1, 1, 3])):
+            made_odd(content, dice)
+        path.write_text(json.dumps(content))
+        prepare.get_tokenizer.cache_clear()
+        try:
+            GPT.from_pretrained("folder")
+            prepare.get_tokenizer("./folder").encode("naïve 東京")
+        except (ValueError, OSError) as error:
+            assert str(error) and "\n" not in str(error)
+            refused += 1
+    print(f"{tries} odd values in {name}: {refused} refused, {tries - refused} read")
+    assert refused
 
 
 # ------------------------------------------------------------------------------------------------------------
