@@ -141,14 +141,13 @@ def check_fields(config, **least):
     The least is what `least` says for the field, else 1 for whole numbers and 0 for floats.
     """
     for f in dataclasses.fields(config):
-        value, choices = getattr(config, f.name), get_args(f.type)
+        value, kinds = getattr(config, f.name), get_args(f.type) or (f.type,)  # or a Literal's choices
         if get_origin(f.type) is Literal:
-            if value not in choices:
-                raise ValueError(f"{f.name}={value!r} is not one of {', '.join(choices)}")
-            continue
-        if type(value) not in (choices or (f.type,)) and (type(value), f.type) != (int, float):
+            if value not in kinds:
+                raise ValueError(f"{f.name}={value!r} is not one of {', '.join(kinds)}")
+        elif type(value) not in kinds and not (f.type is float and type(value) is int):
             raise ValueError(f"{f.name}={value!r} must be of type {getattr(f.type, '__name__', f.type)}")
-        if type(value) in (int, float):
+        elif type(value) in (int, float):
             lowest, limit = (0, 1e38) if f.type is float else (1, 2**31)
             lowest = least.get(f.name, lowest)
             if not lowest <= value < limit:
