@@ -48,15 +48,14 @@ def checkpoint_in(run, prefer="last"):
     return next((file for file in files if file.stem == prefer), files[0])
 
 
-STATE = {"step": int, "best": float, "seconds": float, "log": list, "losses": list, "optimizers": list,
-         "train_config": dict, "tokenizer": str, "data": str}  # what train.py saves beside a model
+STATE = {"step": int, "tokenizer": str, "train_config": dict}  # of what train.py saves, what is needed here
 
 
-def load_run(path):
-    """load_checkpoint of what train.py has saved. ValueError if it was something else."""
+def load_run(path, needed=STATE):
+    """load_checkpoint of what train.py has saved. ValueError if its state lacks what is `needed`."""
     model, state = load_checkpoint(path)
     state = state if isinstance(state, dict) else {}
-    if wrong := [name for name, kind in STATE.items() if type(state.get(name)) is not kind]:
+    if wrong := [name for name, kind in needed.items() if type(state.get(name)) is not kind]:
         raise ValueError(f"{path} has no {wrong[0]} as train.py saves it: name one of its checkpoints")
     return model, state
 

@@ -468,6 +468,9 @@ def train(config, c, quiet=False):
 class Run:
     """A run: its model, data, optimizers, and `state`, which is what a checkpoint holds beside the model."""
 
+    STATE = {"step": int, "best": float, "seconds": float, "log": list, "losses": list, "train_config": dict,
+             "tokenizer": str, "data": str, "optimizers": list}  # what resuming needs
+
     def __init__(self, config, c, say):
         self.rank, self.ranks = rank_and_ranks()
         self.say = say if self.rank == 0 else lambda text: None
@@ -552,7 +555,7 @@ class Run:
         """Everything as the checkpoint has it; the number of processes may be another."""
         self.out = Path(self.c.out) if self.c.out else newest_run()
         self.found, path = files_of_run(self.out), checkpoint_in(self.out)
-        model, self.state = load_run(path)
+        model, self.state = load_run(path, self.STATE)
         if self.state["step"] >= self.c.max_steps:
             raise ValueError(f"{path} is at step {self.state['step']} of max_steps={self.c.max_steps}: "
                              "a larger --max_steps goes on")
