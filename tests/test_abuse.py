@@ -414,7 +414,7 @@ def test_no_half_character_is_ever_printed(tokens):
 
 
 def test_memory_and_open_files_do_not_grow_from_run_to_run(here):
-    """An hour of it is in experiments/results/soak.csv."""
+    """Two hours of it are in experiments/results/soak.csv."""
     recipe = TINY | {"max_steps": 4, "eval_every": 2}
     rows = list(itertools.islice(soak(math.inf, [recipe]), 12))
     assert {row["files"] for row in rows} == {rows[0]["files"]}
