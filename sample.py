@@ -1,9 +1,9 @@
 """
 Text from a trained model:
 
-    python sample.py                            the newest run, from its BOS token on
+    python sample.py                            the newest run, from its BOS on
     python sample.py --prompt="a" --attn_share  and how much attention BOS gets
-    python sample.py --attn_share --text=FILE   the same on a text, in long blocks
+    python sample.py --attn_share --text=FILE   the same on a text, in blocks
 
 --ckpt also takes the folder of a released model, with its config.json.
 

@@ -1,15 +1,20 @@
 """
 Data for gated GPT: text in, two files of tokens out.
 
-    python data/prepare.py python              # the standard library of this very Python; no download
-    python data/prepare.py backcopy            # the synthetic task that grows a sink in a minute; no download
-    python data/prepare.py shakespeare         # Tiny Shakespeare, 1 MB from GitHub
-    python data/prepare.py fineweb --shards=2  # web text in GPT-2 tokens: 200 MB a shard, and one for val
-    python data/prepare.py notes.txt novels/   # your own UTF-8 text, held in memory while it is prepared
+    python data/prepare.py python              this Python's standard library
+    python data/prepare.py backcopy            the task that grows a sink
+    python data/prepare.py shakespeare         Tiny Shakespeare, 1 MB
+    python data/prepare.py fineweb --shards=2  web text in GPT-2 tokens, 200 MB
+                                               a shard, and one for val
+    python data/prepare.py notes.txt novels/   your own UTF-8 text, held in
+                                               memory while it is prepared
 
-Each writes data/<name>/train.bin and val.bin, bare arrays of token ids, and meta.json, which says how to read
-them. Training maps these files into memory and cuts windows from them at random places. From top to bottom:
-tokenizers, writing and opening a set, reading text, the sets without and with a download, your own files.
+The first two need no download. Each writes data/<name>/train.bin and val.bin,
+bare arrays of token ids, and meta.json, which says how to read them. Training
+maps these files into memory and cuts windows from them at random places.
+
+From top to bottom: tokenizers, writing and opening a set, reading text, the sets without and with a download,
+your own files, and how every script of the project ends (run_main).
 """
 import argparse
 import base64
@@ -462,7 +467,7 @@ def prepare(name, root=DATA, **options):
     return SETS[name](root=root, **options)
 
 
-# --- your own text, and the command line --------------------------------------------------------------------
+# --- your own text, the command line, and how a script ends -------------------------------------------------
 
 
 def prepare_files(paths, name=None, tokenizer="bpe2k", root=DATA):
@@ -497,7 +502,8 @@ def check_name(name, source, root):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="prepare.py", allow_abbrev=False, description=__doc__,
+    parser = argparse.ArgumentParser(prog="prepare.py", allow_abbrev=False,
+                                     description=__doc__.partition("\nFrom top")[0],
                                      usage="prepare.py NAME|FILES ... [--flag=value ...]",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="+", metavar="NAME|FILES", help="a set's name, or files and folders")

@@ -1,10 +1,11 @@
 """
-One process that trains, saves, resumes and samples again and again: its memory and its open files stay flat.
+One process that trains, saves, resumes and samples again and again: its memory
+and its open files stay flat.
 
     python experiments/soak.py --minutes=120
 
-After each run a line is printed, and all of them are written to soak.csv; for a trial of your own, add
---results=out/trial. Linux only.
+After each run a line is printed, and all of them are written to soak.csv; for
+a trial of your own, add --results=out/trial. Linux only.
 """
 import argparse
 import csv
