@@ -588,6 +588,11 @@ def attention_maps(model, idx):
 FORMAT = "gated_gpt 1"
 
 
+def is_plain(tensor):
+    """Whether it is an ordinary tensor of floats: not sparse, not without numbers."""
+    return tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_meta
+
+
 def is_finite(model):
     return all(p.isfinite().all() for p in model.parameters())
 
@@ -660,10 +665,10 @@ def load_checkpoint(path, device="cpu"):
                          "use the version that wrote it")
     try:
         weights, state = content["model"], content["state"]
-        if other := [f"{name} in {w.dtype}" for name, w in weights.items() if not w.is_floating_point()]:
-            raise ValueError(", ".join(other))
-        model = GPT.with_weights(GPTConfig(**content["config"]), {
-            name: w.to(torch.float32, memory_format=torch.contiguous_format) for name, w in weights.items()})
+        if other := [name for name, w in weights.items() if not is_plain(w)]:
+            raise ValueError(f"no plain tensor of floats: {', '.join(other)}")
+        weights = {name: w.to(torch.float32).contiguous() for name, w in weights.items()}
+        model = GPT.with_weights(GPTConfig(**content["config"]), weights)
     except Exception as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} does not fit this version's model ({reason}): train again, or use the "

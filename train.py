@@ -38,7 +38,16 @@ from tqdm import tqdm
 
 from data import prepare
 from data.prepare import run_main
-from gated_gpt import GPT, GPTConfig, check_fields, measure, save_checkpoint, uniform_share, write_whole
+from gated_gpt import (
+    GPT,
+    GPTConfig,
+    check_fields,
+    is_plain,
+    measure,
+    save_checkpoint,
+    uniform_share,
+    write_whole,
+)
 from sample import checked_device, checkpoint_in, layer_table, load_run, newest_run, open_model, stream_text
 
 
@@ -251,18 +260,19 @@ def gathered(tree, keep):
 def load_moments(optimizer, saved, shard):
     """Give an optimizer its saved moments, spread over the processes as its parameters are if `shard`.
 
-    Raises ValueError, or KeyError, if they are not its own: torch's kernels would read beyond their ends.
+    Raises ValueError, or KeyError, if they can't be its own: torch's kernels would read beyond their ends.
     """
     adamw = isinstance(optimizer, torch.optim.AdamW)
     names, state = ("step", "exp_avg", "exp_avg_sq") if adamw else ("momentum_buffer",), {}
     for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
         state[i] = {name: saved["state"][i][name] for name in names}
         for name, value in state[i].items():
-            if value.shape != (() if name == "step" else p.shape):
+            if value.shape != (() if name == "step" else p.shape) or not is_plain(value):
                 raise ValueError(f"{name} {list(value.shape)} of a parameter {list(p.shape)}")
+            state[i][name] = value.contiguous()
             if shard and name != "step":
                 from torch.distributed.tensor import distribute_tensor
-                state[i][name] = distribute_tensor(value, p.device_mesh, p.placements)
+                state[i][name] = distribute_tensor(state[i][name], p.device_mesh, p.placements)
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 
@@ -665,6 +675,8 @@ class Run:
         rate, kept = learning_rate_at(step - 1, self.c), "no checkpoint was made yet"
         if any(path.suffix == ".pt" for path in files_of_run(self.out)):
             kept = f"{checkpoint_in(self.out)} is from before"
+        if self.c.overwrite and self.found:
+            kept = f"the run that {self.out} holds, and was to be replaced, is untouched"
         raise FloatingPointError(
             f"the {what} loss is {loss} at step {step}, learning rate {rate:.2g}: try a smaller "
             f"--learning_rate, more --warmup_steps or --grad_clip={self.c.grad_clip / 2 or 1:g}; {kept}")
@@ -737,7 +749,7 @@ class Run:
         if self.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
             save_checkpoint(self.out / f"{name}.pt", model, state)
-            if self.c.overwrite:  # with the first save, and no sooner, the run before is gone
+            if self.c.overwrite:  # only now, with the first save, does the rest of the run before go
                 for old in self.found.keys() - {self.out / f"{name}.pt"}:
                     old.unlink(missing_ok=True)
             self.found = {}

@@ -101,11 +101,11 @@ def encoding_of(name, pattern, ranks):
 def bpe2k_ranks():
     """{bytes: id} of the tokenizer that ships with the project. ValueError if its file is no longer that."""
     path = DATA / "bpe2k.tiktoken"
-    text = read_text(path).replace("\r\n", "\n")   # which Git writes on Windows
-    if (found := hashlib.sha256(text.encode()).hexdigest()) != BPE2K_SHA256:
+    text = path.read_bytes().replace(b"\r\n", b"\n") if path.is_file() else b""   # Git on Windows: \r\n
+    if (found := hashlib.sha256(text).hexdigest()) != BPE2K_SHA256:
         raise ValueError(f"{path} has sha256 {found[:8]}, not {BPE2K_SHA256[:8]}: texts would become other "
                          "tokens, so get the file that ships with the project again")
-    return {base64.b64decode(token): int(rank) for token, rank in map(str.split, text.splitlines())}
+    return {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, text.splitlines())}
 
 
 @cache
@@ -493,11 +493,14 @@ def check_name(name, source, root):
     """The same files may be prepared again, but never in the place of anything else."""
     if not re.fullmatch(NAME, name):
         raise ValueError(f"--name={name} must be letters, digits and . _ - only, since it names a folder")
+    folder = Path(root, name)
     try:
-        same = json.loads(Path(root, name, "meta.json").read_text())["source"] == source
-    except (OSError, ValueError, KeyError, TypeError):
-        same = not Path(root, name).exists()
-    if name in SETS or not same:
+        meta = json.loads((folder / "meta.json").read_text())
+        same, whole = meta["source"] == source, meta == signed(meta)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        same = whole = False
+    of_a_set = {path.name for path in folder.glob("*")} <= {"train.bin", "val.bin", "meta.json"}   # or none
+    if name in SETS or not (same or (of_a_set and not whole)):
         raise ValueError(f"the name {name} is taken by something else in {root}: choose another with --name")
 
 

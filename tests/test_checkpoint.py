@@ -219,6 +219,15 @@ def test_a_folder_and_a_missing_file_are_refused(tmp_path):
     assert "train.py" in refusal(tmp_path / "missing.pt")
 
 
+@pytest.mark.parametrize("odd", [lambda w: w.to(torch.int8), lambda w: w.to_sparse(), lambda w: w.to("meta"),
+                                 lambda w: w.to(torch.complex64)], ids=["int8", "sparse", "meta", "complex"])
+def test_weights_that_are_no_plain_floats_are_refused(saved, odd):
+    content = torch.load(saved, weights_only=True)
+    content["model"]["embed.weight"] = odd(content["model"]["embed.weight"])
+    torch.save(content, saved)
+    assert "no plain tensor of floats: embed.weight" in refusal(saved)
+
+
 @forks
 def test_a_pipe_is_refused_where_one_would_wait_forever(tmp_path):
     os.mkfifo(tmp_path / "model.pt")

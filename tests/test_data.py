@@ -436,6 +436,17 @@ def test_files_may_be_prepared_again_but_not_over_another_set(tmp_path, root):
     assert load("notes", root)[0]["tokenizer"] == "bytes"
 
 
+@pytest.mark.parametrize("damage", [lambda meta: meta.unlink(), lambda meta: meta.write_text("{"),
+                                    lambda meta: meta.write_text(meta.read_text().replace("text", "tex_"))],
+                         ids=["gone", "cut", "flipped"])
+def test_a_set_of_ones_own_is_whole_again_after_the_same_command(tmp_path, root, damage):
+    (tmp_path / "text.txt").write_text(TEXT)
+    for _ in range(2):
+        prepare_files([tmp_path / "text.txt"], "mine", "bytes", root)
+        load("mine", root)
+        damage(root / "mine" / "meta.json")
+
+
 def test_a_name_is_a_plain_folder_and_not_that_of_a_known_set(tmp_path, root):
     (tmp_path / "notes.txt").write_text(TEXT)
     for name in ("a/b", "a\\b", "..", ".hidden", ""):
