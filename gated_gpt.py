@@ -525,7 +525,7 @@ def measure(model, idx):
     first_token_share_by_head  the same, one number per query head
     late_first_token_share     the same over queries t >= T/4, which query 0 (always 1) does not lift
     gate_score                 mean score over tokens, heads and channels; nan without a gate
-    gate_closed                fraction of scores below 0.1, closed if it is a sigmoid's; nan without a gate
+    gate_closed                fraction of scores below 0.1 (a sigmoid's: closed); nan without a gate
     max_activation             largest |x| after the block, over tokens and channels
     max_expert_load            visits to the busiest expert over the mean; nan without experts
 

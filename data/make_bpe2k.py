@@ -42,7 +42,7 @@ def main():
     # Ranks: first the single bytes by value, then the merged tokens in the order in which they were learnt.
     ranked = [bytes([b]) for b in range(256)] + [token for token in learnt if len(token) > 1]
     lines = [f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(ranked)]
-    (DATA / "bpe2k.tiktoken").write_text("".join(lines))
+    (DATA / "bpe2k.tiktoken").write_text("".join(lines), newline="\n")
 
     made = encoding_of("bpe2k", SPLIT_PATTERN, {token: rank for rank, token in enumerate(ranked)})
     everything = texts["train"] + texts["val"]

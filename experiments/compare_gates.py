@@ -35,8 +35,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees its own folder only
 import train
 from data import prepare
+from data.prepare import run_main
 from gated_gpt import GPT, GPTConfig, attention_maps, evaluating, uniform_share
-from sample import TABLE_4, bytes_of, run_main
+from sample import TABLE_4, bytes_of
 
 
 class Variant(NamedTuple):

@@ -20,9 +20,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees its own folder only
 import train
+from data.prepare import run_main
 from experiments.compare_gates import RESULTS
 from gated_gpt import load_checkpoint
-from sample import checkpoint_in, run_main
+from sample import checkpoint_in
 
 RECIPES = [  # a minute or two each on one core
     train.PRESETS["sink"] | {"gate": "none"}, train.PRESETS["sink"] | {"gate": "g1"},

@@ -44,9 +44,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees its own folder only
 import train
 from data import prepare
+from data.prepare import run_main
 from experiments.compare_gates import DECIDED, RESULTS, VARIANTS, configs_of
 from gated_gpt import GPT, GPTConfig, load_checkpoint, measure, save_checkpoint
-from sample import checkpoint_in, run_main
+from sample import checkpoint_in
 
 ROOT = Path(__file__).resolve().parents[1]
 

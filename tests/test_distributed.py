@@ -24,7 +24,7 @@ from functools import partial
 sys.path.insert(0, {project!r})
 import train
 from data import prepare
-from sample import run_main
+from data.prepare import run_main
 prepare.load = partial(prepare.load, root=__import__("pathlib").Path({data!r}))
 rank, step = int(os.environ["RANK"]), train.Run.step
 EXTRA

@@ -22,6 +22,7 @@ import torch
 import sample
 import train
 from data import prepare
+from data.released_tokenizer import checksum
 from gated_gpt import GPT, GPTConfig, load_checkpoint, measure, uniform_share
 
 pytest.importorskip("safetensors")
@@ -292,6 +293,18 @@ def test_a_set_can_be_made_in_the_tokens_of_a_folder(theirs, folder, tmp_path):
     both = [encoding_of(folder).decode(tokens[split][1:].tolist()) for split in ("train", "val")]
     assert "".join(both) == unicodedata.normalize("NFC", text)
     assert [meta[split]["bytes"] for split in ("train", "val")] == [len(part.encode()) for part in both]
+
+
+def test_a_set_whose_tokenizer_has_changed_says_so(folder, tmp_path):
+    (folder / "SHA256SUMS").write_text(f"{checksum(folder / 'tokenizer.json')}  tokenizer.json\n")
+    (tmp_path / "text.txt").write_text("naïve " * 2000, encoding="utf-8")
+    prepare.prepare_files([tmp_path / "text.txt"], "set", str(folder), tmp_path)
+    with open(folder / "tokenizer.json", "a") as file:
+        file.write(" ")
+    prepare.get_tokenizer.cache_clear()
+    prepare.token_bytes.cache_clear()
+    with pytest.raises(ValueError, match="tokenizer.json has changed since it was saved"):
+        prepare.load("set", tmp_path)
 
 
 def test_a_set_whose_tokenizer_is_gone_says_so(folder, tmp_path):
