@@ -84,7 +84,6 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products; weights stay float32
     compile: bool | None = None  # torch.compile; default on CUDA only
     threads: int | None = None  # CPU threads; by default one for each core that is idle at the start
-    shard: bool = False  # under torchrun: spread weights and optimizer over the GPUs (FSDP), for large models
 
     def __post_init__(self):
         check_fields(self, seed=0, warmup_steps=0)
@@ -242,23 +241,8 @@ def shares(batch_size, grad_accum, ranks):
     return windows // ranks, forwards
 
 
-def gathered(tree, keep):
-    """The tensors of nested dicts and lists, with sharded ones made whole, one at a time, on the CPU.
-
-    Every process must call it; only where `keep` is true there is a result.
-    """
-    if isinstance(tree, dict):
-        return {key: gathered(value, keep) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [gathered(value, keep) for value in tree]
-    if hasattr(tree, "full_tensor"):  # a DTensor
-        whole = tree.full_tensor()
-        return whole.cpu() if keep else None
-    return tree
-
-
-def load_moments(optimizer, saved, shard):
-    """Give an optimizer its saved moments, spread over the processes as its parameters are if `shard`.
+def load_moments(optimizer, saved):
+    """Give an optimizer its saved moments.
 
     Raises ValueError, or KeyError, if they can't be its own: torch's kernels would read beyond their ends.
     """
@@ -270,9 +254,6 @@ def load_moments(optimizer, saved, shard):
             if value.shape != (() if name == "step" else p.shape) or not is_plain(value):
                 raise ValueError(f"{name} {list(value.shape)} of a parameter {list(p.shape)}")
             state[i][name] = value.contiguous()
-            if shard and name != "step":
-                from torch.distributed.tensor import distribute_tensor
-                state[i][name] = distribute_tensor(state[i][name], p.device_mesh, p.placements)
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 
@@ -485,9 +466,6 @@ class Run:
         self.rank, self.ranks = rank_and_ranks()
         self.say = say if self.rank == 0 else lambda text: None
         self.own_windows, self.forwards = shares(c.batch_size, c.grad_accum, self.ranks)
-        if c.shard and self.ranks == 1:
-            raise ValueError("shard=True spreads a model over several processes, and this is one: start with "
-                             "torchrun --standalone --nproc_per_node=N train.py ..., or leave --shard out")
         c = self.c = dataclasses.replace(c, threads=choose_threads(c.threads))  # a resumed run takes as many
         torch.set_num_threads(c.threads)
         self.device, why_device = choose_device(c.device)
@@ -539,7 +517,7 @@ class Run:
         if c.compile or (c.compile is None and self.device.type == "cuda"):
             batch = self.train_windows.at(self.train_windows.spaced(self.own_windows // self.forwards))
             self.fast, why = try_compile(self.model, batch, self.precision)
-        if self.ranks > 1 and not c.shard:  # sharded parameters exchange their gradients by themselves
+        if self.ranks > 1:
             self.fast = DistributedDataParallel(self.fast)
         return why
 
@@ -552,12 +530,7 @@ class Run:
         self.state = {"step": 0, "best": math.inf, "seconds": 0.0, "log": [], "losses": []}
 
     def place(self, model):
-        """The model onto the device, whole or as this process's shard, and its optimizers."""
-        if self.c.shard:
-            from torch.distributed.fsdp import fully_shard  # half a second that others need not wait
-            mesh = dist.init_device_mesh(self.device.type, (self.ranks,))
-            for part in (*model.blocks, model):  # block by block: never more than one of them is whole there
-                fully_shard(part, mesh=mesh)
+        """The model onto the device, and its optimizers."""
         self.model = model.to(self.device)
         self.optimizers = make_optimizers(self.model, self.c)
 
@@ -586,7 +559,7 @@ class Run:
         self.place(model)
         try:
             for optimizer, saved in zip(self.optimizers, self.state.pop("optimizers"), strict=True):
-                load_moments(optimizer, saved, self.c.shard)
+                load_moments(optimizer, saved)
         except (LookupError, TypeError, ValueError, AttributeError):
             raise ValueError(f"{path} has moments that don't fit its optimizer: start a new run, perhaps "
                              f"with --init_from={path}") from None
@@ -595,7 +568,7 @@ class Run:
         c, model, T = self.c, self.model, self.model.config.block_size
         in_gates = sum(p.numel() for name, p in model.named_parameters() if ".attn.gate." in name)
         windows = c.batch_size * c.grad_accum
-        machine["device"] += f", {self.ranks} processes" * (self.ranks > 1) + ", sharded" * c.shard
+        machine["device"] += f", {self.ranks} processes" * (self.ranks > 1)
         for what, text in (machine | {
             "model": f"gate {model.config.variant}, {model.num_params():,} parameters, {in_gates:,} in gates",
             "data": f"{c.data}, {self.meta['train']['tokens']:,} training tokens ({self.meta['tokenizer']})",
@@ -741,14 +714,9 @@ class Run:
             "train_config": dataclasses.asdict(self.c), "tokenizer": self.meta["tokenizer"],
             "data": self.meta["train"]["sha256"],
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
-        model = self.model
-        if self.c.shard:
-            state["optimizers"] = gathered(state["optimizers"], keep=self.rank == 0)
-            weights = gathered(model.state_dict(), keep=self.rank == 0)
-            model = GPT.with_weights(model.config, weights) if self.rank == 0 else None
         if self.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
-            save_checkpoint(self.out / f"{name}.pt", model, state)
+            save_checkpoint(self.out / f"{name}.pt", self.model, state)
             if self.c.overwrite:  # only now, with the first save, does the rest of the run before go
                 for old in self.found.keys() - {self.out / f"{name}.pt"}:
                     old.unlink(missing_ok=True)

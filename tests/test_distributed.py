@@ -97,22 +97,6 @@ def test_two_processes_do_what_one_does_with_the_whole_batch_and_exchange_gradie
     assert len(Path("two/log.csv").read_text().splitlines()) == 3
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_sharded_run_goes_on_alone_and_a_run_alone_goes_on_sharded(torchrun, optimizer):
-    same = dict(batch_size=4, grad_accum=2, optimizer=optimizer)
-    alone(**same, out="whole")
-    process = torchrun(**same, out="run", max_steps=4, shard=True)
-    assert "sharded" in ended(process)[0]
-    alone(**same, out="run", max_steps=7, resume=True)
-    ended(torchrun(**same, out="run", resume=True, shard=True))
-    log = [row["step"] for row in load_checkpoint("run/last.pt")[1]["log"]]
-    assert log == [4, 5, 7, 10]
-    a, b = (load_checkpoint(f"{run}/last.pt") for run in ("whole", "run"))
-    if optimizer == "adamw":  # Muon orthogonalises in bfloat16, where a last bit of a gradient weighs more
-        assert max((p - q).abs().max() for p, q in zip(a[0].parameters(), b[0].parameters())) < 1e-5
-    assert abs(a[1]["log"][-1]["val_loss"] - b[1]["log"][-1]["val_loss"]) < 1e-4
-
-
 def test_when_a_process_dies_all_end_and_one_says_so(torchrun):
     dies = ("train.Run.step = lambda run: os.kill(os.getpid(), signal.SIGKILL) "
             "if rank == 1 and run.state['step'] == 7 else step(run)")
@@ -153,11 +137,6 @@ def test_every_process_has_its_own_windows_and_together_they_are_the_steps():
                 assert windows % (ranks * -(-grad_accum // ranks))
                 continue
             assert share * ranks == windows and share % forwards == 0 and share // forwards <= batch_size
-
-
-def test_shard_needs_several_processes(here):
-    with pytest.raises(ValueError, match="torchrun --standalone --nproc_per_node=N"):
-        alone(shard=True)
 
 
 def test_dropout_differs_between_processes_and_steps():
