@@ -369,9 +369,9 @@ def run_folder(config, c):
 
 
 def files_of_run(folder):
-    """{path: when it was written} of what a run leaves in its folder, as far as it is there."""
+    """What a run leaves in its folder, as far as it is there."""
     paths = [Path(folder, name) for name in ("last.pt", "best.pt", "log.csv")]
-    return {path: path.stat().st_mtime_ns for path in paths if path.exists()}
+    return [path for path in paths if path.exists()]
 
 
 NOT_IN_WEIGHTS = ("block_size", "dropout", "balance_loss", "router_z_loss")  # what --init_from leaves free
@@ -397,25 +397,6 @@ def initial_model(config, c, meta):
         raise ValueError(f"{c.init_from} reads the tokens of {tokenizer}, and {c.data} has those of "
                          f"{meta['tokenizer']}: python data/prepare.py FILES --tokenizer={tokenizer} does")
     return GPT.with_weights(config, model.state_dict())
-
-
-@contextmanager
-def locked(folder):
-    """Keep other runs out of a folder until this one ends, be it by a kill. ValueError if one is in there."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: there a second run is not noticed
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which ends with the process
-        yield
-    except BlockingIOError:
-        raise ValueError(f"{folder} belongs to a run that is still going on: wait for its end, stop it, or "
-                         "choose another --out") from None
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
@@ -481,6 +462,8 @@ class Run:
             self.start(config)
         if self.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)
+            for old in files_of_run(self.out) if c.overwrite else ():  # all else is ready
+                old.unlink()
         self.tokens = 0  # since self.began, which loop and evaluate set: what tokens/s is about
         self.clock = time.perf_counter() - self.state["seconds"]  # its start, had it never been stopped
 
@@ -524,7 +507,6 @@ class Run:
     def start(self, config):
         """A new run: fresh weights from the seed, or those of --init_from."""
         self.out = agreed(run_folder(config, self.c) if self.rank == 0 else None)
-        self.found = files_of_run(self.out)
         torch.manual_seed(self.c.seed)
         self.place(initial_model(config, self.c, self.meta) if self.c.init_from else GPT(config))
         self.state = {"step": 0, "best": math.inf, "seconds": 0.0, "log": [], "losses": []}
@@ -537,7 +519,7 @@ class Run:
     def resume(self, config):
         """Everything as the checkpoint has it; the number of processes may be another."""
         self.out = Path(self.c.out) if self.c.out else newest_run()
-        self.found, path = files_of_run(self.out), checkpoint_in(self.out)
+        path = checkpoint_in(self.out)
         model, self.state = load_run(path, self.STATE)
         if self.state["step"] >= self.c.max_steps:
             raise ValueError(f"{path} is at step {self.state['step']} of max_steps={self.c.max_steps}: "
@@ -583,11 +565,9 @@ class Run:
         self.say("\n" + heading(self.shown))
         self.began = time.perf_counter()
         pending = []  # losses still on the device: reading one means waiting for the GPU
-        with (nullcontext() if self.rank else locked(self.out), stop_signals() as stop,
+        with (stop_signals() as stop,
               tqdm(total=c.max_steps, initial=state["step"], unit="step", leave=False,
                    disable=True if self.rank else hide_bar) as bar):
-            if not self.rank and files_of_run(self.out) != self.found:
-                raise ValueError(f"another run has written to {self.out} in the meantime: start again")
             while state["step"] < c.max_steps:
                 pending.append(self.step())
                 state["step"] += 1
@@ -648,8 +628,6 @@ class Run:
         rate, kept = learning_rate_at(step - 1, self.c), "no checkpoint was made yet"
         if any(path.suffix == ".pt" for path in files_of_run(self.out)):
             kept = f"{checkpoint_in(self.out)} is from before"
-        if self.c.overwrite and self.found:
-            kept = f"the run that {self.out} holds, and was to be replaced, is untouched"
         raise FloatingPointError(
             f"the {what} loss is {loss} at step {step}, learning rate {rate:.2g}: try a smaller "
             f"--learning_rate, more --warmup_steps or --grad_clip={self.c.grad_clip / 2 or 1:g}; {kept}")
@@ -717,10 +695,6 @@ class Run:
         if self.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
             save_checkpoint(self.out / f"{name}.pt", self.model, state)
-            if self.c.overwrite:  # only now, with the first save, does the rest of the run before go
-                for old in self.found.keys() - {self.out / f"{name}.pt"}:
-                    old.unlink(missing_ok=True)
-            self.found = {}
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -698,31 +698,6 @@ def test_ctrl_c_saves_the_step_it_stopped_at_whatever_is_kept():
     assert load_checkpoint(sample.checkpoint_in("run"))[1]["step"] == worse + 1
 
 
-def test_a_folder_belongs_to_one_run_until_it_ends():
-    def second():
-        for choice in (dict(overwrite=True), dict(resume=True)):
-            with pytest.raises(ValueError, match="run belongs to a run that is still going on"):
-                fit(out="run", max_steps=20, **choice)
-
-    fit(out="run", max_steps=2, eval_every=1)
-    with at_forward(2, second):
-        log = fit(out="run", overwrite=True, max_steps=3, eval_every=1)
-    assert [row["step"] for row in load_checkpoint("run/last.pt")[1]["log"]] == [row["step"] for row in log]
-    fit(out="run", max_steps=4, resume=True)  # and now it is free
-
-
-@pytest.mark.parametrize("choice", [dict(), dict(overwrite=True), dict(resume=True)], ids=str)
-def test_a_run_that_another_one_has_overtaken_is_refused(choice):
-    """While the first compiles, say, a second trains in the same folder, to its end."""
-    if choice:
-        fit(out="run", max_steps=2)
-    first = train.Run(*configs(out="run", max_steps=6, **choice), say=lambda text: None)
-    fit(out="run", max_steps=4, seed=1, overwrite=bool(choice))
-    with pytest.raises(ValueError, match="another run has written to run in the meantime"):
-        first.loop(hide_bar=True)
-    assert load_checkpoint("run/last.pt")[1]["step"] == 4
-
-
 def test_what_is_not_of_a_run_is_not_overwritten():
     fit(out="run")
     Path("run/mine.pt").write_text("precious")
@@ -730,14 +705,6 @@ def test_what_is_not_of_a_run_is_not_overwritten():
     assert Path("run/mine.pt").read_text() == "precious"
     with pytest.raises(ValueError, match="out='' is not a folder"):
         fit(out="", overwrite=True)
-
-
-def test_a_run_is_overwritten_only_once_there_is_something_better():
-    fit(out="run", max_steps=6, eval_every=6)
-    before = {path: path.read_bytes() for path in Path("run").iterdir()}
-    with pytest.raises(FloatingPointError, match="was to be replaced, is untouched"):
-        fit(out="run", overwrite=True, max_steps=50, eval_every=100, **EXPLODE)
-    assert {path: path.read_bytes() for path in Path("run").iterdir()} == before
 
 
 def test_a_folder_that_is_removed_while_a_run_goes_on_is_made_again():
