@@ -60,7 +60,6 @@ class TrainConfig:
     resume: bool = False  # go on with the run in --out (default: the newest one) where its checkpoint stands
     overwrite: bool = False  # if --out holds a run already, replace it
     init_from: str | None = None  # a checkpoint, run or released model's folder to start from; default random
-    keep: Literal["best", "last", "both"] = "both"  # which checkpoints: lowest val loss, latest, or both
     seed: int = 0  # of weights, batches and dropout
     # --- optimisation ---
     max_steps: int = 1000  # optimizer steps
@@ -584,7 +583,7 @@ class Run:
                     if evaluating:
                         self.evaluate()
                     if stopping and state["step"] < c.max_steps:
-                        if not evaluating or c.keep == "best":
+                        if not evaluating:
                             self.save("last")
                         raise KeyboardInterrupt
         return state["log"]
@@ -665,19 +664,15 @@ class Run:
         return total / len(offsets)
 
     def save_evaluated(self, val):
-        """The checkpoints that --keep asks for, and log.csv."""
-        c, state = self.c, self.state
+        """The two checkpoints, and log.csv."""
+        state = self.state
         better = val < state["best"]
         state["best"] = min(val, state["best"])
-        if c.keep != "last" and better:
+        if better:
             self.save("best")  # first: a run that is killed in between resumes at last.pt, and makes it again
-        if c.keep != "best":
-            self.save("last")
-        if self.rank:
-            return
-        if c.keep == "best":  # what an interruption may have left
-            (self.out / "last.pt").unlink(missing_ok=True)
-        write_whole({self.out / "log.csv": self.write_log})
+        self.save("last")
+        if self.rank == 0:
+            write_whole({self.out / "log.csv": self.write_log})
 
     def write_log(self, path):
         with open(path, "w", newline="") as file:

@@ -118,8 +118,8 @@ RESULTS = Path(__file__).resolve().parent / "results"
 # What the comparison decides, so that there are no flags for it.
 DECIDED = {"gate", "gate_kind", "gate_share", "gate_act", "gate_op", "gate_input", "sdpa_norm", "sdpa_silu",
            "norm", "n_expert", "n_expert_active", "expert_hidden", "vocab_size", "data", "out", "resume",
-           "overwrite", "keep", "seed", "optimizer", "attn_share", "max_steps"}
-MACHINE = {"out", "resume", "overwrite", "keep", "threads"}  # doesn't change what a run learns
+           "overwrite", "seed", "optimizer", "attn_share", "max_steps"}
+MACHINE = {"out", "resume", "overwrite", "threads"}  # doesn't change what a run learns
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -206,7 +206,7 @@ def one_run(job, say=lambda text: None):
     Goes on from the run's checkpoint if there is one. `say` is called at every evaluation.
     """
     last = job.folder / "last.pt"
-    c = dataclasses.replace(job.c, out=str(job.folder), resume=last.exists(), keep="last")
+    c = dataclasses.replace(job.c, out=str(job.folder), resume=last.exists())
     run, result = train.Run(job.config, c, say), {}
     try:
         run.loop(hide_bar=True)

@@ -216,7 +216,7 @@ def training_table(flags, values):
 
 
 SHORT = ("--data=shakespeare --preset=laptop --block_size=64 --batch_size=16 --learning_rate=7e-3 "
-         "--warmup_steps=20 --min_lr_ratio=0 --no-attn_share --keep=best")
+         "--warmup_steps=20 --min_lr_ratio=0 --no-attn_share")
 RECIPES = {  # {row: flags of train.py} of to_loss; the first has the sizes of nanoGPT's command
     "same sizes": f"{SHORT} --max_steps=220 --eval_every=110",
     "smaller": f"{SHORT} --max_steps=220 --eval_every=110 --n_layer=3 --n_head=2 --n_kv_head=1 "

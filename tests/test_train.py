@@ -634,32 +634,6 @@ def test_an_empty_folder_and_one_with_other_files_may_be_used(here):
     assert (here / "run" / "notes.txt").read_text() == "mine"
 
 
-KEPT = {"best": ["best.pt", "log.csv"], "last": ["last.pt", "log.csv"],
-        "both": ["best.pt", "last.pt", "log.csv"]}
-
-
-@pytest.mark.parametrize("keep", KEPT)
-def test_keep_leaves_exactly_these_files(keep):
-    fit(out="run", keep=keep, eval_every=1)
-    assert sorted(os.listdir("run")) == KEPT[keep]
-
-
-@pytest.mark.parametrize("keep", KEPT)
-def test_keep_leaves_exactly_these_files_when_the_run_was_resumed(keep):
-    interrupt(4, out="run", keep=keep)
-    log = fit(out="run", keep=keep, resume=True)
-    assert [row["step"] for row in log] == [3, 6]
-    assert sorted(os.listdir("run")) == KEPT[keep]
-
-
-@pytest.mark.parametrize("keep", KEPT)
-def test_overwriting_leaves_nothing_of_the_run_before(keep):
-    fit(out="run", gate="g2")
-    interrupt(4, out="run", gate="none", keep=keep, overwrite=True)
-    files = [name for name in os.listdir("run") if name.endswith(".pt")]
-    assert files and all(load_checkpoint(f"run/{name}")[0].config.gate == "none" for name in files)
-
-
 def test_overwriting_leaves_nothing_of_the_run_before_even_when_stopped_before_the_first_evaluation():
     fit(out="run", gate="g2")
     interrupt(1, out="run", gate="none", overwrite=True)
@@ -689,13 +663,6 @@ def test_best_is_the_checkpoint_with_the_lowest_validation_loss_and_last_the_lat
     assert 1 < best["step"] < 10, "the test needs a run whose best step is neither its first nor its last"
     assert load_checkpoint(f"run{seed}/best.pt")[1]["step"] == best["step"]
     assert load_checkpoint(f"run{seed}/last.pt")[1]["step"] == 10
-
-
-def test_ctrl_c_saves_the_step_it_stopped_at_whatever_is_kept():
-    log = fit(out="never", keep="best", max_steps=10, **BUMPY)
-    worse = next(i for i, row in enumerate(log) if row["val_loss"] > min(r["val_loss"] for r in log[:i + 1]))
-    interrupt(worse + 1, out="run", keep="best", max_steps=10, **BUMPY)
-    assert load_checkpoint(sample.checkpoint_in("run"))[1]["step"] == worse + 1
 
 
 def test_what_is_not_of_a_run_is_not_overwritten():
@@ -755,9 +722,10 @@ def test_a_tensor_that_is_one_row_many_times_over_is_laid_out_whole(optimizer, n
 @pytest.mark.parametrize("change", [("step", None), ("step", "3"), ("train_config", []), ("tokenizer", 7),
                                     ("log", "abc"), ("optimizers", None), ("data", None)], ids=str)
 def test_a_state_that_train_py_did_not_save_is_refused(change):
-    fit(out="run", max_steps=2, keep="last")
+    fit(out="run", max_steps=2)
     model, state = load_checkpoint("run/last.pt")
     train.save_checkpoint("run/last.pt", model, state | dict([change]))
+    Path("run/best.pt").unlink()
     refused = [partial(fit, out="run", max_steps=4, resume=True)]
     refused += [partial(sample.open_model, "run")] * (change[0] in sample.STATE)
     for reading in refused:
@@ -826,12 +794,11 @@ def test_a_loss_that_explodes_stops_the_run_with_step_learning_rate_and_what_to_
     assert "no checkpoint" in said and os.listdir("run") == []
 
 
-@pytest.mark.parametrize("keep", KEPT)
 @pytest.mark.parametrize("eval_every", [1, 2, 3])
-def test_when_the_loss_explodes_the_last_good_checkpoint_is_kept_and_named(keep, eval_every):
-    fit(out="run", max_steps=6, eval_every=6, keep=keep)
+def test_when_the_loss_explodes_the_last_good_checkpoint_is_kept_and_named(eval_every):
+    fit(out="run", max_steps=6, eval_every=6)
     with pytest.raises(FloatingPointError) as error:
-        fit(out="run", max_steps=60, eval_every=eval_every, keep=keep, resume=True, **EXPLODE)
+        fit(out="run", max_steps=60, eval_every=eval_every, resume=True, **EXPLODE)
     files = [f"run/{name}" for name in os.listdir("run") if name.endswith(".pt")]
     assert files and all(finite(name) for name in files)
     (named,) = re.findall(r"run/\w+\.pt", str(error.value))
@@ -1014,7 +981,7 @@ def test_compile_is_on_off_or_left_to_the_device(argv, value):
     (["--preset=moon"], ["moon", "laptop", "gpu", "sink", "gpt2"]),
     (["--optimizer=sgd"], ["adamw", "muon"]),
     (["--n_layer=two"], ["--n_layer", "two"]), (["--learning_rate=fast"], ["fast"]),
-    (["--resume=yes"], ["--resume"]), (["--keep=none"], ["best", "last", "both"]),
+    (["--resume=yes"], ["--resume"]),
 ], ids=str)
 def test_a_flag_that_is_unknown_or_shortened_or_has_a_wrong_value_is_refused(argv, named, capsys):
     assert status_of(argv) == 2
@@ -1034,7 +1001,7 @@ def test_a_number_that_cannot_be_is_refused_with_its_name_and_value(name, value,
     assert os.listdir(here) == []
 
 
-@pytest.mark.parametrize("name, value", [("keep", "none"), ("schedule", "linear"), ("optimizer", "sgd"),
+@pytest.mark.parametrize("name, value", [("schedule", "linear"), ("optimizer", "sgd"),
                                          ("dtype", "float16")])
 def test_a_notebook_gets_the_message_about_choices_too(name, value):
     with pytest.raises(ValueError, match=f"{name}='{value}' is not one of "):
