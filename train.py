@@ -42,7 +42,6 @@ from gated_gpt import (
     GPT,
     GPTConfig,
     check_fields,
-    is_plain,
     measure,
     save_checkpoint,
     uniform_share,
@@ -238,22 +237,6 @@ def shares(batch_size, grad_accum, ranks):
                          f"step, which {ranks} processes with {forwards} forwards each can't share evenly: "
                          f"choose multiples of {ranks}")
     return windows // ranks, forwards
-
-
-def load_moments(optimizer, saved):
-    """Give an optimizer its saved moments.
-
-    Raises ValueError, or KeyError, if they can't be its own: torch's kernels would read beyond their ends.
-    """
-    adamw = isinstance(optimizer, torch.optim.AdamW)
-    names, state = ("step", "exp_avg", "exp_avg_sq") if adamw else ("momentum_buffer",), {}
-    for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-        state[i] = {name: saved["state"][i][name] for name in names}
-        for name, value in state[i].items():
-            if value.shape != (() if name == "step" else p.shape) or not is_plain(value):
-                raise ValueError(f"{name} {list(value.shape)} of a parameter {list(p.shape)}")
-            state[i][name] = value.contiguous()
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -538,12 +521,8 @@ class Run:
                 raise ValueError(f"{name}={getattr(self.c, name)} (there {old.get(name)}): a resumed run "
                                  f"keeps the optimizer of {path}; leave --{name} out, or start a new run")
         self.place(model)
-        try:
-            for optimizer, saved in zip(self.optimizers, self.state.pop("optimizers"), strict=True):
-                load_moments(optimizer, saved)
-        except (LookupError, TypeError, ValueError, AttributeError):
-            raise ValueError(f"{path} has moments that don't fit its optimizer: start a new run, perhaps "
-                             f"with --init_from={path}") from None
+        for optimizer, saved in zip(self.optimizers, self.state.pop("optimizers"), strict=True):
+            optimizer.load_state_dict(saved)
 
     def describe(self, **machine):
         c, model, T = self.c, self.model, self.model.config.block_size

@@ -690,35 +690,6 @@ def test_what_an_evaluation_found_is_saved_before_it_is_said():
     assert load_checkpoint("run/last.pt")[1]["step"] == 2
 
 
-@pytest.mark.parametrize("optimizer, name", [("adamw", "exp_avg"), ("adamw", "step"),
-                                             ("muon", "momentum_buffer")])
-@pytest.mark.parametrize("change", [lambda moments, name: moments.update({name: torch.zeros(3)}),
-                                    lambda moments, name: moments.pop(name),
-                                    lambda moments, name: moments.update({name: moments[name].to_sparse()})],
-                         ids=["shape", "gone", "sparse"])
-def test_moments_that_do_not_fit_their_parameters_are_refused(optimizer, name, change):
-    """Fused kernels would read and write beyond their ends."""
-    fit(out="run", max_steps=2, optimizer=optimizer)
-    model, state = load_checkpoint("run/last.pt")
-    change(state["optimizers"][-1]["state"][0], name)
-    train.save_checkpoint("run/last.pt", model, state)
-    with pytest.raises(ValueError, match="run/last.pt has moments that don't fit"):
-        fit(out="run", max_steps=4, optimizer=optimizer, resume=True)
-
-
-@pytest.mark.parametrize("optimizer, name", [("adamw", "exp_avg_sq"), ("muon", "momentum_buffer")])
-def test_a_tensor_that_is_one_row_many_times_over_is_laid_out_whole(optimizer, name):
-    """torch saves such a tensor as that row alone, and its kernels would write beyond it."""
-    fit(out="run", max_steps=2, optimizer=optimizer)
-    model, state = load_checkpoint("run/last.pt")
-    moments = state["optimizers"][-1]["state"][0]
-    moments[name] = moments[name][:1].clone().expand_as(moments[name])
-    model.embed.weight.data = model.embed.weight.data[:1].clone().expand_as(model.embed.weight)
-    train.save_checkpoint("run/last.pt", model, state)
-    assert all(p.is_contiguous() for p in load_checkpoint("run/last.pt")[0].parameters())
-    fit(out="run", max_steps=4, optimizer=optimizer, resume=True)
-
-
 @pytest.mark.parametrize("change", [("step", None), ("step", "3"), ("train_config", []), ("tokenizer", 7),
                                     ("log", "abc"), ("optimizers", None), ("data", None)], ids=str)
 def test_a_state_that_train_py_did_not_save_is_refused(change):
