@@ -1,35 +1,33 @@
 """
 Gated attention in one file: a small GPT in plain PyTorch, to be read from top to bottom.
 
-The idea ("Gated Attention for Large Language Models", arXiv 2505.06708): a head of softmax attention can't
-say "nothing here", since its weights sum to one. So it parks them on the first token, the attention sink.
-Multiply what attention returns by a gate that looks at the current token,
+The idea ("Gated Attention for Large Language Models", arXiv 2505.06708): the weights of softmax attention
+sum to one, so a head cannot say "nothing here". It puts them on the first token instead. This is the
+attention sink. Now multiply what attention returns by a gate that looks at the current token,
 
     Y' = Y * sigmoid(X W)
 
-and a head can close instead. The sink goes, and in the paper the model gets better, too.
+and the head can close. The sink disappears, and in the paper the model also gets better.
 
-Reading order: GPTConfig -> Gate -> Attention.forward, where all five places of a gate stand on one screen ->
-Block -> GPT -> measure, which reads the sink from outside, through hooks -> checkpoints.
+Reading order: GPTConfig -> Gate -> Attention.forward, where all five places of a gate are on one screen ->
+Block -> GPT -> measure, which reads the sink from outside, through hooks. This file imports nothing from the
+rest of the project, so you can copy it alone.
 
 Names, in the shapes below and in the paper:
     B, T   batch, time (tokens in a window)      C    channels, n_embd (the paper's d_model)
     nh     query heads, n_head (q)               nkv  key/value heads, n_kv_head (k)
     hs     channels of one head, head_dim (d_k)  V    vocab_size
-    x      in Attention and Gate: the pre-normed input (B, T, C), the paper's X, which makes q, k, v and the
-           scores; in Block and GPT: the residual stream (B, T, C)
-    y      what a gate acts on: the paper's Y
-    S      keys that can be seen: T, or more from the cache
+    x      in Attention and Gate: the normalised input (B, T, C), the paper's X, from which q, k, v and the
+           scores are made; in Block and GPT: the residual stream (B, T, C)
+    y      what the gate acts on: the paper's Y
+    S      number of keys: T, or more with a cache
     G1     gate on the SDPA output, per head, before o_proj: the paper's choice
     G2, G3, G4   gates on the values, keys, queries;  G5   gate on the output of o_proj
 """
-import dataclasses
 import math
-import os
-import zipfile
 import zlib
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Literal, get_args, get_origin
 
@@ -42,131 +40,72 @@ from torch import nn
 class GPTConfig:
     """The shape of the model. A field is a flag of train.py, and its comment is the flag's help.
 
-    Raises ValueError, with the values and the rule, when fields contradict each other.
+    Raises ValueError, with the value and the rule, when a value makes no sense or two contradict each other.
     """
     # --- model ---
-    vocab_size: int | None = None  # V: tokens the model knows; by default what the data has
-    block_size: int = 256  # T: tokens in a window, the BOS token in front included
+    vocab_size: int | None = None  # V: number of different tokens; default: what the data has
+    block_size: int = 256  # T: tokens in a window, including the BOS token in front
     n_layer: int = 4  # number of blocks
     n_head: int = 4  # query heads per layer
-    n_kv_head: int | None = None  # key/value heads (grouped-query attention); default n_head
+    n_kv_head: int | None = None  # key/value heads (grouped-query attention); default: n_head
     n_embd: int = 128  # C: width of the residual stream
-    head_dim: int | None = None  # channels of a head, even; default n_embd / n_head
-    mlp_hidden: int | None = None  # width inside the SwiGLU; default 8/3 n_embd, rounded to a multiple of 16
+    head_dim: int | None = None  # channels of a head, an even number; default: n_embd / n_head
+    mlp_hidden: int | None = None  # width inside the SwiGLU; default: 8/3 n_embd, rounded to a multiple of 16
     rope_base: float = 10000.0  # base of the rotary embedding's wavelengths
     qk_norm: bool = True  # RMSNorm on each head's queries and keys, before RoPE
-    norm: Literal["pre", "sandwich"] = "pre"  # sandwich: normalise each branch's output too (paper, Table 2)
+    norm: Literal["pre", "sandwich"] = "pre"  # sandwich: also normalise each branch's output (paper, Table 2)
     norm_eps: float = 1e-6  # added to the mean square inside RMSNorm
-    tie_embeddings: bool = False  # the output head is the embedding matrix, transposed
-    dropout: float = 0.0  # on the embedding and on each branch's output, while training
+    tie_embeddings: bool = False  # the output head uses the embedding matrix
+    dropout: float = 0.0  # on the embedding and on each branch's output, during training
     # --- gate ---
     gate: Literal["none", "g1", "g2", "g3", "g4", "g5"] = "g1"  # where the gate sits; g1: on the SDPA output
     gate_kind: Literal["elementwise", "headwise"] = "elementwise"  # one score per channel, or one per head
-    gate_share: bool = False  # average the scores over the heads and use the mean in each (head-shared)
+    gate_shared: bool = False  # use the mean score of all heads in each head (the paper's head-shared)
     gate_act: Literal["sigmoid", "ns_sigmoid", "silu", "identity"] = "sigmoid"  # from x W to the score
-    gate_op: Literal["multiply", "add"] = "multiply"  # how the score meets y
+    gate_op: Literal["multiply", "add"] = "multiply"  # how the score is applied to y
     gate_input: bool = True  # off: scores are learned constants that do not see x (input-independent)
-    sdpa_norm: bool = False  # RMSNorm on each head's SDPA output (Table 3, there with gate none)
-    sdpa_silu: bool = False  # SiLU on the SDPA output (Table 3, there with gate none)
+    sdpa_norm: bool = False  # RMSNorm on each head's SDPA output (Table 3, there without a gate)
+    sdpa_silu: bool = False  # SiLU on the SDPA output (Table 3, there without a gate)
     # --- mixture of experts ---
-    n_expert: int = 0  # experts in place of each MLP; 0: dense
+    n_expert: int = 0  # experts in place of each MLP; 0: a dense model
     n_expert_active: int = 2  # experts that each token goes through
-    expert_hidden: int | None = None  # width inside an expert; default mlp_hidden / n_expert_active
-    balance_loss: float = 0.01  # weight of the load-balancing loss
-    router_z_loss: float = 0.001  # weight of the router z-loss
 
     def __post_init__(self):
-        check_fields(self, n_expert=0)
-        if self.n_kv_head is None:
-            self.n_kv_head = self.n_head
-        if self.head_dim is None:
-            if self.n_embd % self.n_head:
-                raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: "
-                                 "change one of them, or set head_dim")
-            self.head_dim = self.n_embd // self.n_head
-        if self.mlp_hidden is None:
-            self.mlp_hidden = max(16, 16 * round(self.n_embd * 8 / 3 / 16))
-        if self.expert_hidden is None:  # as many active parameters as the dense MLP; grouped_mm wants 8s
-            self.expert_hidden = max(8, 8 * round(self.mlp_hidden / self.n_expert_active / 8))
-        self._refuse_contradictions()
-
-    def _refuse_contradictions(self):
-        def refuse(wrong, message):
-            if wrong:
-                raise ValueError(message)
-
+        check_fields(self, n_expert=0, block_size=2, rope_base=1)
+        if self.head_dim is None and self.n_embd % self.n_head:
+            raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}: set head_dim, "
+                             "or change one of the two")
+        self.n_kv_head = self.n_kv_head or self.n_head
+        self.head_dim = self.head_dim or self.n_embd // self.n_head
+        self.mlp_hidden = self.mlp_hidden or max(16, 16 * round(self.n_embd * 8 / 3 / 16))
         headwise, at_qk = self.gate_kind == "headwise", self.gate in ("g3", "g4")
-        refuse(self.block_size < 2, f"block_size={self.block_size} must be at least 2: BOS and one token")
-        refuse(self.head_dim % 2, f"head_dim={self.head_dim} is odd, but RoPE rotates channels in pairs: "
-                                  "choose an even head_dim (by default n_embd / n_head)")
-        refuse(self.n_head % self.n_kv_head, f"n_head={self.n_head} is not a multiple of "
-               f"n_kv_head={self.n_kv_head}: each key/value head serves equally many query heads")
-        refuse(headwise and at_qk and self.qk_norm and self.gate_op == "multiply",
-               f"gate_kind=headwise with gate={self.gate} and qk_norm on: QK-norm divides a head by its own "
-               "length and so cancels one factor per head; use elementwise, or qk_norm off")
-        refuse(self.gate == "g5" and (headwise or self.gate_share),
-               f"gate=g5 with gate_kind={self.gate_kind}, gate_share={self.gate_share}: behind o_proj there "
-               "are no heads any more; g5 is elementwise and not shared")
-        refuse(headwise and self.gate_share, "gate_kind=headwise with gate_share=True: a score for each head "
-               "can't be one for all heads; choose one of the two")
-        refuse(self.n_layer > 10_000, f"n_layer={self.n_layer} is more than 10,000, which no memory holds")
-        refuse(self.dropout >= 1, f"dropout={self.dropout} must be below 1")
-        refuse(not (self.norm_eps > 0 and self.rope_base > 0),
-               f"norm_eps={self.norm_eps} and rope_base={self.rope_base} must be above 0")
-        refuse(self.n_expert and self.n_expert_active > self.n_expert,
-               f"n_expert_active={self.n_expert_active} is more than n_expert={self.n_expert}: a token can't "
-               "visit an expert twice")
-        refuse(self.n_expert and (self.n_embd % 8 or self.expert_hidden % 8),
-               f"n_embd={self.n_embd} and expert_hidden={self.expert_hidden} must be multiples of 8 with "
-               "experts: grouped_mm wants its rows aligned")
-
-    @property
-    def variant(self):
-        """A short name for the gate, such as none, g1, g1-headwise, g1-add-silu."""
-        gated = self.gate != "none"
-        parts = {self.gate: True,
-                 self.gate_kind: gated and self.gate_kind != "elementwise",
-                 "shared": gated and self.gate_share,
-                 "add": gated and self.gate_op == "add",
-                 self.gate_act: gated and self.gate_act != "sigmoid",
-                 "no-input": gated and not self.gate_input,
-                 "sdpa-norm": self.sdpa_norm,
-                 "sdpa-silu": self.sdpa_silu}
-        return "-".join(name for name, said in parts.items() if said).replace("_", "-")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} (default: n_embd / n_head) is odd: RoPE needs pairs")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}")
+        if headwise and at_qk and self.qk_norm and self.gate_op == "multiply":
+            raise ValueError(f"gate_kind=headwise with gate={self.gate}: QK-norm divides a head by its "
+                             "length, which cancels one score per head; use elementwise, or --no-qk_norm")
+        if self.gate == "g5" and (headwise or self.gate_shared):
+            raise ValueError("gate=g5 can be neither headwise nor shared: after o_proj there are no heads")
+        if headwise and self.gate_shared:
+            raise ValueError("gate_kind=headwise with gate_shared leaves one score per token: choose one")
+        if self.n_expert and self.n_expert_active > self.n_expert:
+            raise ValueError(f"n_expert_active={self.n_expert_active} is more than n_expert={self.n_expert}")
 
 
-def check_fields(config, **least):
-    """Raise ValueError for a field of another type or choice, or a number too large or below its least.
-
-    The least is what `least` says for the field, else 1 for whole numbers and 0 for floats.
-    """
-    for f in dataclasses.fields(config):
-        value, kinds = getattr(config, f.name), get_args(f.type) or (f.type,)  # or a Literal's choices
-        if get_origin(f.type) is Literal:
-            if value not in kinds:
-                raise ValueError(f"{f.name}={value!r} is not one of {', '.join(kinds)}")
-        elif type(value) not in kinds and not (f.type is float and type(value) is int):
-            raise ValueError(f"{f.name}={value!r} must be of type {getattr(f.type, '__name__', f.type)}")
-        elif type(value) in (int, float):
-            lowest, limit = (0, 1e38) if f.type is float else (1, 2**31)
-            lowest = least.get(f.name, lowest)
-            if not lowest <= value < limit:
-                raise ValueError(f"{f.name}={value} must be at least {lowest} and below {limit:g}")
-
-
-# ----------------------------------------------------------------------------------------------------
-# The gate, and the attention it sits in
+# ---- the gate, and the attention it sits in --------------------------------------------------------
 
 
 class Gate(nn.Module):
-    """How a score is computed, and how it meets y. Where it sits is Attention's business.
+    """How a score is computed, and how it is applied to y. Where the gate sits is decided in Attention.
 
     y_shape is the trailing shape of y: (nh, hs) at G1 and G4, (nkv, hs) at G2 and G3, (C,) at G5. When
     training starts, x W is near 0 and a sigmoid score near 0.5: every gate is half open.
     """
     ACTIVATIONS = {
-        "sigmoid": torch.sigmoid,  # 0..1: may close
-        "ns_sigmoid": lambda z: 0.5 + 0.5 * torch.sigmoid(z),  # "non-sparse", 0.5..1: can't close (Table 4)
+        "sigmoid": torch.sigmoid,  # 0..1: can close
+        "ns_sigmoid": lambda z: 0.5 + 0.5 * torch.sigmoid(z),  # "non-sparse", 0.5..1: cannot close (Table 4)
         "silu": F.silu,
         "identity": lambda z: z,
     }
@@ -174,52 +113,52 @@ class Gate(nn.Module):
     def __init__(self, config, y_shape):
         super().__init__()
         self.score_shape = (y_shape[0], 1) if config.gate_kind == "headwise" else y_shape
-        scores = math.prod(self.score_shape)  # of a token
-        self.share, self.op, self.act = config.gate_share, config.gate_op, self.ACTIVATIONS[config.gate_act]
+        n_scores = math.prod(self.score_shape)  # scores of one token
+        self.shared, self.op, self.act = config.gate_shared, config.gate_op, self.ACTIVATIONS[config.gate_act]
         if config.gate_input:
-            self.gate_proj = nn.Linear(config.n_embd, scores, bias=False)  # the paper's W
+            self.gate_proj = nn.Linear(config.n_embd, n_scores, bias=False)  # the paper's W
         else:
-            self.constant = nn.Parameter(torch.zeros(scores))
+            self.constant = nn.Parameter(torch.zeros(n_scores))
 
     def score(self, x):
-        """(B, T, C) -> (B, T, *y_shape), where hs is 1 when headwise and nh is 1 when head-shared."""
+        """(B, T, C) -> (B, T, *y_shape), where hs is 1 when headwise and nh is 1 when shared."""
         z = self.gate_proj(x) if hasattr(self, "gate_proj") else self.constant.expand(*x.shape[:2], -1)
         score = self.act(z.unflatten(-1, self.score_shape))  # z: (B, T, nh * hs)
-        # Head-shared is no smaller projection: all scores are made, then averaged (Table 1, rows 12 and 13).
-        return score.mean(-2, keepdim=True) if self.share else score
+        # Sharing does not make W smaller: every head's scores are made, then averaged (Table 1, rows 12, 13).
+        return score.mean(-2, keepdim=True) if self.shared else score
 
     def forward(self, y, x):
         return y * self.score(x) if self.op == "multiply" else y + self.score(x)
 
 
 def rope_table(config):
-    """What rope multiplies with, (block_size, 1, hs) each: (cos, cos) and (-sin, sin) of the angles."""
+    """(cos, cos) and (-sin, sin) of the angles of every position, (block_size, 1, hs) each."""
     frequency = float(config.rope_base) ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)  # (hs/2,)
     angle = torch.arange(config.block_size)[:, None, None] * frequency  # (block_size, 1, hs/2)
     cos, sin = angle.cos(), angle.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
-def rope(h, cos, sin):
-    """Rotate channels i and i + hs/2 of h (B, T, heads, hs), as one pair, by the angle of their position.
-
-    A pair (a, b) becomes (a cos - b sin, b cos + a sin); roll by half a head swaps the two.
+def rope(h, cos, signed_sin):
+    """Rotate h (B, T, heads, hs). Channels i and i + hs/2 are a pair (a, b), which turns by the angle of its
+    position into (a cos - b sin, b cos + a sin). The minus is in signed_sin.
     """
-    return (h * cos + h.roll(h.size(-1) // 2, dims=-1) * sin).type_as(h)  # cos and sin are float32
+    swapped = h.roll(h.size(-1) // 2, dims=-1)  # (a, b) -> (b, a)
+    return (h * cos + swapped * signed_sin).type_as(h)  # cos and signed_sin are float32
 
 
 class SDPA(nn.Module):
-    """softmax(q k^T / sqrt(hs)) v, causal. A module of its own so that a hook can read what goes in."""
+    """softmax(q k^T / sqrt(hs)) v, causal. It is a module, so that a hook can read its inputs."""
 
     def forward(self, q, k, v, mask=None):
-        """q (B, T, nh, hs); k and v (B, S, nkv, hs), S = T unless a mask (T, S) says who sees whom."""
+        """q (B, T, nh, hs); k and v (B, S, nkv, hs), with S = T unless a mask (T, S) says who sees whom."""
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # the kernel wants heads first
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         return y.transpose(1, 2)  # (B, nh, T, hs) -> (B, T, nh, hs)
 
 
 class Attention(nn.Module):
-    """Causal self-attention on the pre-normed x, (B, T, C) -> (B, T, C). Its forward shows all five gates."""
+    """Causal self-attention on the normalised x, (B, T, C) -> (B, T, C). Its forward shows all five gates."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -249,74 +188,58 @@ class Attention(nn.Module):
         q, k = rope(self.q_norm(q), cos, sin), rope(self.k_norm(k), cos, sin)
         k, v, mask = cache.extend(self.layer, k, v) if cache else (k, v, None)
         y = self.sdpa(q, k, v, mask)  # (B, T, nh, hs)
-        y = self.sdpa_silu(self.sdpa_norm(y))  # Table 3's two non-gates; the identity unless asked for
+        y = self.sdpa_silu(self.sdpa_norm(y))  # two alternatives to a gate (Table 3), off by default
         if self.gate_at == "g1": y = self.gate(y, x)  # G1: the SDPA output, the paper's choice
         y = self.o_proj(y.flatten(2))  # (B, T, C)
         if self.gate_at == "g5": y = self.gate(y, x)  # G5: the output of o_proj
         return y
 
 
-# ----------------------------------------------------------------------------------------------------
-# The rest of the model
+# ---- the rest of the model -------------------------------------------------------------------------
 
 
 class MLP(nn.Module):
-    """SwiGLU feed-forward, (B, T, C) -> (B, T, C). Its gate_proj is SwiGLU's own, none of G1..G5."""
+    """SwiGLU feed-forward, (..., C) -> (..., C). Its gate_proj belongs to SwiGLU and is none of G1..G5."""
 
-    def __init__(self, config):
+    def __init__(self, C, hidden):
         super().__init__()
-        self.gate_proj = nn.Linear(config.n_embd, config.mlp_hidden, bias=False)
-        self.up_proj = nn.Linear(config.n_embd, config.mlp_hidden, bias=False)
-        self.down_proj = nn.Linear(config.mlp_hidden, config.n_embd, bias=False)
+        self.gate_proj = nn.Linear(C, hidden, bias=False)
+        self.up_proj = nn.Linear(C, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, C, bias=False)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class MoE(nn.Module):
-    """Mixture of experts: softmax top-k routing over SwiGLU experts; no token is dropped. Needs torch 2.10.
+    """Mixture of experts: each token goes through the n_expert_active MLPs that the router likes best.
 
-    Visits are sorted by expert: the rows of each are contiguous, and one grouped product serves all experts.
-    `router_loss` is what the last forward adds to the training loss, weights included: the load-balancing
-    loss of Switch Transformers (arXiv 2101.03961, eq. 4) and the z-loss of ST-MoE (arXiv 2202.08906, eq. 5).
+    `router_loss` is added to the training loss. It keeps the experts evenly busy (Switch Transformers, arXiv
+    2101.03961, eq. 4, weight 0.01) and the router's logits small (ST-MoE, arXiv 2202.08906, eq. 5, 0.001).
     """
 
     def __init__(self, config):
         super().__init__()
-        if not hasattr(F, "grouped_mm"):
-            raise ValueError(f"n_expert={config.n_expert} needs torch 2.10 or later, and this is "
-                             f"{torch.__version__}: upgrade, or take n_expert=0")
-        E, C, H = config.n_expert, config.n_embd, config.expert_hidden
         self.n_active = config.n_expert_active
-        self.balance_weight, self.z_weight = config.balance_loss, config.router_z_loss
-        self.router = nn.Linear(C, E, bias=False)
-        self.gate_proj = nn.Parameter(torch.empty(E, C, H))
-        self.up_proj = nn.Parameter(torch.empty(E, C, H))
-        self.down_proj = nn.Parameter(torch.empty(E, H, C))
+        hidden = max(8, config.mlp_hidden // self.n_active)  # active parameters match the dense MLP
+        self.router = nn.Linear(config.n_embd, config.n_expert, bias=False)
+        self.experts = nn.ModuleList(MLP(config.n_embd, hidden) for _ in range(config.n_expert))
 
     def forward(self, x):
-        tokens = x.flatten(0, 1)  # (N, C), N = B T
-        logits = self.router(tokens).float()  # (N, E)
-        weight, expert = logits.softmax(-1).topk(self.n_active)  # (N, k) each
+        tokens = x.flatten(0, 1)  # (N, C), where N = B T
+        logits = self.router(tokens).float()  # (N, E), where E = n_expert
+        p = logits.softmax(-1)  # (N, E)
+        weight, chosen = p.topk(self.n_active)  # (N, k) each: a token's experts, and how much each counts
         weight = weight / weight.sum(-1, keepdim=True)
-        order = expert.flatten().argsort(stable=True)  # (N k,): the visits, expert by expert
-        load = F.one_hot(expert.flatten(), logits.size(-1)).sum(0)  # (E,): visits to each expert
-        source = order // self.n_active  # (N k,): the token that makes the visit
-        ends = load.cumsum(0).to(torch.int32)  # (E,): where each expert's visits end
-        device = x.device.type  # autocast does not know grouped_mm, so its cast is made here
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        y = torch.zeros_like(tokens)
+        for e, expert in enumerate(self.experts):
+            row, choice = (chosen == e).nonzero(as_tuple=True)  # the tokens that go to expert e
+            y = y.index_add(0, row, (expert(tokens[row]) * weight[row, choice, None]).type_as(y))
 
-        def per_expert(rows, w):
-            return F.grouped_mm(rows.to(dtype), w.to(dtype), offs=ends)
-
-        rows = tokens[source]  # (N k, C)
-        hidden = F.silu(per_expert(rows, self.gate_proj)) * per_expert(rows, self.up_proj)  # (N k, H)
-        out = per_expert(hidden, self.down_proj) * weight.flatten()[order, None]  # (N k, C)
-
-        balance = logits.size(-1) * (load / load.sum() * logits.softmax(-1).mean(0)).sum()  # 1 when even
-        z = logits.logsumexp(-1).square().mean()  # keeps the router's logits small
-        self.router_loss = self.balance_weight * balance + self.z_weight * z
-        return torch.zeros_like(tokens).index_add(0, source, out.type_as(tokens)).view_as(x)
+        load = F.one_hot(chosen, p.size(-1)).float().mean((0, 1))  # (E,): the part of the work of each
+        balance = p.size(-1) * (load * p.mean(0)).sum()  # 1 when all experts are equally busy
+        self.router_loss = 0.01 * balance + 0.001 * logits.logsumexp(-1).square().mean()
+        return y.view_as(x)
 
 
 class Block(nn.Module):
@@ -324,15 +247,11 @@ class Block(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-
-        def norm():
-            return nn.RMSNorm(config.n_embd, config.norm_eps)
-
-        sandwich = config.norm == "sandwich"
-        self.attn_norm, self.attn = norm(), Attention(config, layer)
-        self.mlp_norm, self.mlp = norm(), MoE(config) if config.n_expert else MLP(config)
-        self.attn_post_norm = norm() if sandwich else nn.Identity()
-        self.mlp_post_norm = norm() if sandwich else nn.Identity()
+        norm = partial(nn.RMSNorm, config.n_embd, config.norm_eps)
+        post_norm = norm if config.norm == "sandwich" else nn.Identity
+        self.attn_norm, self.attn, self.attn_post_norm = norm(), Attention(config, layer), post_norm()
+        self.mlp_norm, self.mlp_post_norm = norm(), post_norm()
+        self.mlp = MoE(config) if config.n_expert else MLP(config.n_embd, config.mlp_hidden)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, cos, sin, cache=None):
@@ -341,23 +260,23 @@ class Block(nn.Module):
 
 
 class KVCache:
-    """Keys and values of all layers, allocated once for `length` tokens and filled as the text grows.
+    """Keys and values of all layers, so that a new token costs one forward of one token.
 
-    `positions` (T,) says where in the window the tokens of the coming forward stand; GPT.stream moves it.
+    `positions` (T,): the places in the window of the tokens of the next forward. GPT.stream sets it.
     """
 
-    def __init__(self, model, batch, length=None):
-        c = model.config
-        # A tensor for each layer: of one for all, a compiled model would copy the whole to change a part.
-        size = (batch, length or c.block_size, c.n_kv_head, c.head_dim)  # (B, length, nkv, hs)
-        self.k, self.v = ([model.embed.weight.new_zeros(size) for _ in model.blocks] for _ in "kv")
+    def __init__(self, model, batch, length):
+        c, zeros = model.config, model.embed.weight.new_zeros
+        # One tensor per layer: with a single big one, torch.compile would copy all of it on each write.
+        self.k = [zeros(batch, length, c.n_kv_head, c.head_dim) for _ in model.blocks]
+        self.v = [zeros(batch, length, c.n_kv_head, c.head_dim) for _ in model.blocks]
         self.positions = None
 
     def extend(self, layer, k, v):
         """Store k and v (B, T, nkv, hs) of a layer; return all (B, S, nkv, hs) and the causal mask (T, S)."""
         self.k[layer].index_copy_(1, self.positions, k)
         self.v[layer].index_copy_(1, self.positions, v)
-        # A CPU reads the filled part only; a GPU and a compiled model read it all, so that no shape changes.
+        # A CPU reads only the filled part. On a GPU, or compiled, shapes that do not change are faster.
         only_filled = k.is_cpu and not torch.compiler.is_compiling()
         S = int(self.positions[-1]) + 1 if only_filled else self.k[layer].size(1)
         mask = torch.arange(S, device=k.device) <= self.positions[:, None]
@@ -365,9 +284,9 @@ class KVCache:
 
 
 class GPT(nn.Module):
-    """Embedding, blocks, a last norm, and the output head. Raises ValueError without a vocab_size.
+    """Embedding, blocks, a last norm, and the output head.
 
-    The weights depend on the last torch.manual_seed alone: two models made after one seed are equal.
+    The weights depend only on the last torch.manual_seed: two models made after the same seed are equal.
     """
 
     def __init__(self, config):
@@ -391,8 +310,8 @@ class GPT(nn.Module):
     def init_weights(self, seed):
         """N(0, 0.02) for every matrix; projections back into the residual stream also by 1/sqrt(2 n_layer).
 
-        Each matrix has a random generator of its own, seeded with `seed` and its name: flipping the gate
-        changes no number in the matrices that both models have. Vectors stay: norms 1, a constant gate's 0.
+        Each matrix has its own random generator, seeded with `seed` and its name. So flipping the gate
+        changes no number in the matrices that both models have. Vectors stay: norms 1, constant gates 0.
         """
         for name, p in self.named_parameters():
             if p.dim() < 2:
@@ -402,33 +321,19 @@ class GPT(nn.Module):
             std = 0.02 / math.sqrt(2 * self.config.n_layer) if to_residual else 0.02
             p.copy_(torch.randn(p.shape, generator=generator) * std)
 
-    @classmethod
-    def with_weights(cls, config, weights):
-        """A model whose parameters are these tensors, {name: tensor}: nothing is drawn, nothing copied."""
-        with torch.device("meta"):  # names and shapes, no numbers
-            model = cls(config)
-        if config.tie_embeddings:
-            weights = weights | {"lm_head.weight": weights["embed.weight"]}
-        model.load_state_dict(weights, assign=True)
-        if config.tie_embeddings:
-            model.lm_head.weight = model.embed.weight
-        model.cos, model.sin = rope_table(config)
-        return model
-
     def num_params(self):
-        """Number of parameters, a tied head counted once."""
+        """Number of parameters; a tied head counts once."""
         return sum(p.numel() for p in self.parameters())
 
     def forward(self, idx, targets=None, cache=None):
         """Logits (B, T, V) of the token after each in idx (B, T), and the loss if there are targets (B, T).
 
-        The loss is the mean cross entropy in nats; while training, experts add their router losses to it.
-        With a KVCache, idx are the tokens at cache.positions. ValueError if idx does not fit into block_size.
+        The loss is the mean cross entropy in nats; during training, experts add their router losses.
+        With a KVCache, idx are the tokens at cache.positions.
         """
         T = idx.size(1)
         if T > self.config.block_size:
-            raise ValueError(f"{T} tokens do not fit into block_size={self.config.block_size}: give fewer, "
-                             "or make a model with a larger one")
+            raise ValueError(f"{T} tokens do not fit into block_size={self.config.block_size}")
         at = cache.positions if cache else slice(T)
         cos, sin = self.cos[at], self.sin[at]  # (T, 1, hs) each
         x = self.dropout(self.embed(idx))  # (B, T, C)
@@ -444,49 +349,34 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def stream(self, idx, n, temperature=1.0, top_k=None, generator=None):
-        """Continue idx (B, t), whose first token is BOS: yields n times the next token of each row, (B,).
+        """Continue idx (B, t), which starts with BOS: yields the next token of each row, (B,), n times.
 
-        Each new token costs one forward of one token. A window that is full starts again with BOS and its
-        last half: BOS stays in front, and the logits are always those of a plain forward over the window.
-        A released model has no BOS, so there this is the first token of the prompt.
+        When the window is full, BOS and its last half become the new window. So BOS stays in front, and the
+        logits are those of a plain forward over the window. (Released models have no BOS: there, the first
+        token of the prompt stays.)
         """
-        if idx.size(1) < 1 or temperature < 0 or (top_k is not None and top_k < 1):
-            raise ValueError(f"{idx.size(1)} tokens, temperature={temperature}, top_k={top_k}: it takes BOS "
-                             "in front, a temperature of at least 0, and a top_k of at least 1, or None")
-        room, half = self.config.block_size, self.config.block_size // 2
-        cache = KVCache(self, idx.size(0), min(room, idx.size(1) + n))
-        new = window = idx  # new: what the cache has not seen yet
+        T, half = self.config.block_size, self.config.block_size // 2
+        cache = KVCache(self, idx.size(0), min(T, idx.size(1) + n))
+        window, seen = idx, 0  # seen: how many tokens of the window the cache holds
         with evaluating(self):
             for _ in range(n):
-                if window.size(1) > room:
-                    new = window = torch.cat((window[:, :1], window[:, -half:]), dim=1)
-                seen, t = window.size(1) - new.size(1), window.size(1)
-                cache.positions = torch.arange(seen, t, device=idx.device)
-                logits = self(new, cache=cache)[0][:, -1]  # (B, V)
-                new = sample(logits, temperature, top_k, generator)  # (B, 1)
-                window = torch.cat((window, new), dim=1)
-                yield new[:, 0]
+                if window.size(1) > T:
+                    window, seen = torch.cat((window[:, :1], window[:, -half:]), dim=1), 0
+                cache.positions = torch.arange(seen, window.size(1), device=idx.device)
+                logits = self(window[:, seen:], cache=cache)[0][:, -1]  # (B, V)
+                seen = window.size(1)
+                window = torch.cat((window, sample(logits, temperature, top_k, generator)), dim=1)
+                yield window[:, -1]
 
     def generate(self, idx, n, temperature=1.0, top_k=None, generator=None):
         """Tokens idx (B, t) continued by n sampled ones, all at once: (B, t + n). See stream."""
-        new = list(self.stream(idx, n, temperature, top_k, generator))
-        return torch.cat((idx, torch.stack(new, dim=1)), dim=1) if new else idx
-
-    @staticmethod
-    def from_pretrained(folder, block_size=None, dtype=None):
-        """The model in a folder of the released ones' layout: see load_released in data/released.py."""
-        from data.released import load_released
-        return load_released(folder, block_size, dtype)
-
-    def save_pretrained(self, folder):
-        """Write the model to a folder, in the layout of the released ones: see save_released in there."""
-        from data.released import save_released
-        save_released(self, folder)
+        new = [token[:, None] for token in self.stream(idx, n, temperature, top_k, generator)]  # (B, 1) each
+        return torch.cat((idx, *new), dim=1)
 
 
 def sample(logits, temperature, top_k, generator):
     """Draw a token for each row of logits (B, V): (B, 1). Temperature 0: the likeliest; top_k: one of k."""
-    if temperature < 1e-30:  # 0, or so near that a division overflows
+    if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
@@ -494,13 +384,12 @@ def sample(logits, temperature, top_k, generator):
     return torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator)  # (B, 1)
 
 
-# ----------------------------------------------------------------------------------------------------
-# Measuring, from outside: hooks on SDPA, Gate, MoE and Block, which leave nothing behind
+# ---- measuring, from outside: hooks that are removed again -----------------------------------------
 
 
 @contextmanager
 def evaluating(model, hooks=()):
-    """The model in evaluation mode, with hooks [(module, function)]; both are undone whatever happens."""
+    """The model in evaluation mode, with hooks [(module, function)]. Both are undone at the end."""
     was_training = model.training
     handles = [module.register_forward_hook(function) for module, function in hooks]
     try:
@@ -512,7 +401,7 @@ def evaluating(model, hooks=()):
 
 
 def uniform_share(T):
-    """First-token share of uniform attention, the floor: the mean of 1/t over t = 1..T, which is H_T / T."""
+    """First-token share of uniform attention, the floor: the mean of 1/t over t = 1..T."""
     return sum(1 / t for t in range(1, T + 1)) / T
 
 
@@ -521,159 +410,57 @@ def measure(model, idx):
     """The paper's measurements (Table 4: share, score, activation) on tokens idx (B, T): a dict per layer.
 
     first_token_share          attention probability on token 0: mean over queries (query 0 included) and
-                               heads. Under uniform attention it is uniform_share(T).
+                               heads. Uniform attention would give uniform_share(T).
     first_token_share_by_head  the same, one number per query head
-    late_first_token_share     the same over queries t >= T/4, which query 0 (always 1) does not lift
+    late_first_token_share     the same over queries t >= T/4 only. This leaves out query 0, whose share is 1.
     gate_score                 mean score over tokens, heads and channels; nan without a gate
-    gate_closed                fraction of scores below 0.1 (a sigmoid's: closed); nan without a gate
+    gate_closed                fraction of scores below 0.1; nan without a gate
     max_activation             largest |x| after the block, over tokens and channels
-    max_expert_load            visits to the busiest expert over the mean; nan without experts
+    max_expert_load            tokens of the busiest expert, divided by the mean; nan without experts
 
-    Takes the model as it is before torch.compile. Memory is O(T): no T x T matrix is made.
+    Takes the model before torch.compile. Memory is O(T): no T x T matrix is made.
     """
-    rows = [dict(gate_score=math.nan, gate_closed=math.nan, max_expert_load=math.nan) for _ in model.blocks]
-
     def on_sdpa(row, sdpa, inputs, output):
         q, k, v = inputs[:3]
         first = torch.zeros_like(v)  # (B, T, nkv, hs)
         first[:, 0] = 1  # values that say "I am token 0": what comes out *is* the probability on token 0
-        share = sdpa.forward(q, k, first)[..., 0].float()  # (B, T, nh); .forward, lest this hook runs again
+        share = sdpa.forward(q, k, first)[..., 0].float()  # (B, T, nh); .forward, so that no hook runs again
         row["first_token_share"] = share.mean().item()
         row["first_token_share_by_head"] = share.mean((0, 1)).tolist()
-        row["late_first_token_share"] = share[:, -(-idx.size(1) // 4) :].mean().item()
+        row["late_first_token_share"] = share[:, math.ceil(idx.size(1) / 4):].mean().item()
 
     def on_gate(row, gate, inputs, output):
         score = gate.score(inputs[1]).float()
-        row["gate_score"], row["gate_closed"] = score.mean().item(), (score < 0.1).float().mean().item()
+        row["gate_score"] = score.mean().item()
+        row["gate_closed"] = (score < 0.1).float().mean().item()
 
     def on_router(row, router, inputs, output):
-        expert = output.topk(model.config.n_expert_active).indices.flatten()
-        load = expert.bincount(minlength=model.config.n_expert).float()
+        chosen = output.topk(model.config.n_expert_active).indices  # (N, k)
+        load = chosen.flatten().bincount(minlength=model.config.n_expert).float()  # (E,)
         row["max_expert_load"] = (load.max() / load.mean()).item()
 
     def on_block(row, block, inputs, output):
         row["max_activation"] = output.abs().max().item()
 
-    watched = {SDPA: on_sdpa, Gate: on_gate, Block: on_block}
-    hooks = [(module, partial(hook, row)) for block, row in zip(model.blocks, rows)
-             for module in block.modules() for kind, hook in watched.items() if isinstance(module, kind)]
-    hooks += [(block.mlp.router, partial(on_router, row)) for block, row in zip(model.blocks, rows)
-              if model.config.n_expert]
+    rows, hooks = [], []
+    for block in model.blocks:
+        rows.append(row := dict(gate_score=math.nan, gate_closed=math.nan, max_expert_load=math.nan))
+        hooks += [(block.attn.sdpa, partial(on_sdpa, row)), (block, partial(on_block, row))]
+        if model.config.gate != "none": hooks.append((block.attn.gate, partial(on_gate, row)))
+        if model.config.n_expert: hooks.append((block.mlp.router, partial(on_router, row)))
     with evaluating(model, hooks):
         model(idx)
     return rows
 
 
-@torch.no_grad()
-def attention_maps(model, idx):
-    """Attention probabilities on tokens idx (B, T), for short texts: a list with one (B, T, T, nh) per layer.
-
-    Indices are [batch, query, key, head]. The trick is measure's: with one-hot values, token s says "I am s".
-    """
-    maps = []
-
-    def on_sdpa(sdpa, inputs, output):
-        q, k, v = inputs[:3]
-        one_hot = torch.eye(k.size(1), dtype=v.dtype, device=v.device)[None, :, None]  # (1, T, 1, T)
-        maps.append(sdpa.forward(q, k, one_hot.expand(*k.shape[:3], -1)).transpose(2, 3))
-
-    with evaluating(model, [(block.attn.sdpa, on_sdpa) for block in model.blocks]):
-        model(idx)
-    return maps
+# ---- checking a config -----------------------------------------------------------------------------
 
 
-# ----------------------------------------------------------------------------------------------------
-# Checkpoints: one file, whole or not there
-
-FORMAT = "gated_gpt 1"
-
-
-def is_plain(tensor):
-    """Whether it is an ordinary tensor of floats: not sparse, not without numbers."""
-    return tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_meta
-
-
-def is_finite(model):
-    return all(p.isfinite().all() for p in model.parameters())
-
-
-def save_checkpoint(path, model, state):
-    """Write the model, its config and `state` (plain values and tensors) to one file.
-
-    A kill at any moment leaves the old or the new file whole. Raises OSError when it can't be written and
-    FloatingPointError when weights are not finite; an older file at `path` is then as it was.
-    """
-    if not is_finite(model):
-        raise FloatingPointError(f"weights are no longer finite, so {path} is not written; an older "
-                                 "checkpoint there is untouched")
-    content = {"format": FORMAT, "config": dataclasses.asdict(model.config), "model": model.state_dict(),
-               "state": state}
-
-    def write(temporary):
-        with open(temporary, "wb") as file:  # torch's own file doesn't say that a disk is full
-            torch.save(content, file)
-
-    write_whole({path: write})
-
-
-def write_whole(writers):
-    """For each {path: writer} call writer(temporary path); when all are on disk, move them to their paths.
-
-    Raises OSError when one can't be written; what was there is then as it was.
-    """
-    try:
-        for path, write in writers.items():
-            write(f"{path}.tmp")
-            with open(f"{path}.tmp", "rb+") as file:
-                os.fsync(file.fileno())
-        for path in writers:
-            os.replace(f"{path}.tmp", path)
-    except Exception as error:  # a full disk: to torch and safetensors an error of their own
-        cause = error.__context__ if isinstance(error.__context__, OSError) else error
-        raise OSError(f"cannot save {path}: {getattr(cause, 'strerror', None) or cause}; an older file there "
-                      "is untouched") from error
-    finally:
-        for path in writers:
-            if os.path.exists(f"{path}.tmp"):
-                os.remove(f"{path}.tmp")
-
-
-def load_checkpoint(path, device="cpu"):
-    """(model on `device`, state on the CPU) from a file of save_checkpoint, whose code is never run.
-
-    Raises ValueError with one sentence if the file is damaged (it is a zip archive, whose members have
-    checksums), something else, from another version, or holds weights that are not finite.
-    """
-    if not os.path.exists(path):
-        raise ValueError(f"no checkpoint at {path}: python train.py makes one")
-    if not os.path.isfile(path):  # nor a pipe, which could make us wait forever
-        raise ValueError(f"{path} is not a file: name one of save_checkpoint")
-    try:
-        with open(path, "rb") as file:
-            if zipfile.ZipFile(file).testzip():
-                raise ValueError("a checksum does not fit")
-            file.seek(0)
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except PermissionError as error:
-        raise ValueError(f"{path} can't be read ({error.strerror}): name a file of save_checkpoint") from None
-    except Exception:  # torch raises whatever the bytes lead it to: OSError, KeyError, IndexError, ...
-        raise ValueError(f"{path} is not a whole checkpoint of gated_gpt.py: it is damaged, cut short, or "
-                         "something else; name another one, or train again") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        found = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"{path} has format {found!r}, and this version reads {FORMAT!r}: train again, or "
-                         "use the version that wrote it")
-    try:
-        weights, state = content["model"], content["state"]
-        if other := [name for name, w in weights.items() if not is_plain(w)]:
-            raise ValueError(f"no plain tensor of floats: {', '.join(other)}")
-        weights = {name: w.to(torch.float32).contiguous() for name, w in weights.items()}
-        model = GPT.with_weights(GPTConfig(**content["config"]), weights)
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path} does not fit this version's model ({reason}): train again, or use the "
-                         "version that wrote it") from None
-    if not is_finite(model):
-        raise ValueError(f"{path} holds weights that are not finite, which train.py never saves: name "
-                         "another one, or train again")
-    return model.to(device), state
+def check_fields(config, **least):
+    """Raise ValueError for an unknown choice, or a number below its least (1 if not given; 0 for floats)."""
+    for f in fields(config):
+        value, lowest = getattr(config, f.name), least.get(f.name, 0 if f.type is float else 1)
+        if get_origin(f.type) is Literal and value not in get_args(f.type):
+            raise ValueError(f"{f.name}={value!r} is not one of {', '.join(get_args(f.type))}")
+        if type(value) in (int, float) and not lowest <= value < 2**31:
+            raise ValueError(f"{f.name}={value} must be at least {lowest}, and below 2^31")

@@ -4,75 +4,70 @@ Train a gated GPT:
     python train.py                            a text model, in minutes
     python train.py --preset=sink --gate=none  an attention sink, in a minute
     python train.py --preset=sink --gate=g1    the same, gated: no sink
-    python train.py --help                     every flag
-    torchrun --standalone --nproc_per_node=2 train.py    the same, on two GPUs
+    python train.py --resume --max_steps=2000  go on with the newest run
+    torchrun --standalone --nproc_per_node=2 train.py    train on two GPUs
 
-A flag is a field of GPTConfig (gated_gpt.py) or TrainConfig (here).
-A preset is a table of their values, which flags of your own override;
-in [brackets] stands the value where neither of the two says one.
+A flag is a field of GPTConfig (gated_gpt.py) or of TrainConfig (here).
+A preset is a table of their values. Your flags override the preset, and the
+preset overrides the defaults, which are shown in [brackets].
 
-Reading order: TrainConfig -> PRESETS -> Windows -> make_optimizers -> Run.loop and Run.step.
+Reading order: TrainConfig -> PRESETS -> Windows -> make_optimizers -> train_step -> train.
 """
-import argparse
-import csv
 import dataclasses
-import inspect
 import math
-import os
-import re
 import shlex
-import signal
 import textwrap
 import time
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import chain, count
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import prepare
-from data.prepare import run_main
-from gated_gpt import (
-    GPT,
-    GPTConfig,
-    check_fields,
-    measure,
-    save_checkpoint,
-    uniform_share,
-    write_whole,
+from data.tokenizers import TextOut, get_tokenizer
+from gated_gpt import GPT, GPTConfig, check_fields, measure, uniform_share
+from plumbing import checkpoint
+from plumbing.flags import add_flags, parser_of, run_main
+from plumbing.machine import (
+    choose_device,
+    choose_precision,
+    choose_threads,
+    ctrl_c,
+    is_first,
+    mean_over_processes,
+    processes,
+    try_compile,
 )
-from sample import checked_device, checkpoint_in, layer_table, load_run, newest_run, open_model, stream_text
+from plumbing.report import columns_of, heading, layer_table, line, variant, write_log
 
 
 @dataclass
 class TrainConfig:
-    """How to train. Raises ValueError, with the value and the rule, for what can't be."""
+    """How to train. A field is a flag of train.py, and its comment is the flag's help."""
     # --- run ---
-    data: str = "python"  # name of a folder in data/, made by data/prepare.py
-    out: str | None = None  # folder of the run; default out/<data>-<gate variant>, numbered if taken
-    resume: bool = False  # go on with the run in --out (default: the newest one) where its checkpoint stands
+    data: str = "python"  # name of a data set, made by data/prepare.py
+    out: str | None = None  # folder of the run; default: out/<data>-<gate>, with a number if that is taken
+    resume: bool = False  # go on with the run in --out (default: the newest one)
     overwrite: bool = False  # if --out holds a run already, replace it
-    init_from: str | None = None  # a checkpoint, run or released model's folder to start from; default random
+    init_from: str | None = None  # start from the weights of a checkpoint, a run or a released model
     seed: int = 0  # of weights, batches and dropout
     # --- optimisation ---
     max_steps: int = 1000  # optimizer steps
-    batch_size: int = 32  # windows per forward
-    grad_accum: int = 1  # forwards per step, their gradients averaged; several processes share them out
+    batch_size: int = 32  # windows in a forward
+    grad_accum: int = 1  # forwards in a step; their gradients are averaged
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, with adamw for the rest
-    learning_rate: float = 1e-3  # peak learning rate
+    learning_rate: float = 1e-3  # at its peak
     schedule: Literal["cosine", "constant"] = "cosine"  # of the learning rate after warm-up
-    warmup_steps: int = 100  # steps over which the learning rate climbs to its peak
-    min_lr_ratio: float = 0.1  # floor of the cosine, as a fraction of the peak
+    warmup_steps: int = 100  # steps in which the learning rate climbs to its peak
+    min_lr_ratio: float = 0.1  # where the cosine ends, as a fraction of the peak
     weight_decay: float = 0.1  # on matrices only
     beta1: float = 0.9  # AdamW: memory of the mean gradient
     beta2: float = 0.99  # AdamW: memory of the squared gradient
-    grad_clip: float = 1.0  # a longer gradient, over all parameters, is cut to this; 0: off
+    grad_clip: float = 1.0  # the gradient's norm over all parameters is clipped to this; 0: off
     # --- evaluation ---
     eval_every: int = 100  # steps from one evaluation (and checkpoint) to the next
     eval_windows: int = 256  # fixed windows, evenly spaced over val.bin
@@ -80,22 +75,21 @@ class TrainConfig:
     # --- machine ---
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products; weights stay float32
-    compile: bool | None = None  # torch.compile; default on CUDA only
-    threads: int | None = None  # CPU threads; by default one for each core that is idle at the start
+    compile: bool | None = None  # torch.compile; default: on with CUDA
+    threads: int | None = None  # CPU threads; default: one for each core that is idle at the start
 
     def __post_init__(self):
         check_fields(self, seed=0, warmup_steps=0)
-        for name in ("beta1", "beta2"):
-            if getattr(self, name) >= 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be below 1")
-        if self.threads and self.threads > 1024:
-            raise ValueError(f"threads={self.threads} is more than 1024: a thread per core is enough")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite: go on with the run, or replace it, but not both")
 
+    @property
+    def windows_per_step(self):
+        return self.batch_size * self.grad_accum
+
 
 PRESETS = {
-    # Real text on two cores, in about two minutes.
+    # Real text, on two cores, in about two minutes.
     "laptop": dict(data="python", n_layer=4, n_head=4, n_embd=128, block_size=128, batch_size=16,
                    max_steps=700, optimizer="muon", learning_rate=3e-3, warmup_steps=50, eval_every=100,
                    attn_share=True),
@@ -114,156 +108,36 @@ PRESETS = {
 }
 
 
-# ----------------------------------------------------------------------------------------------------
-# The machine
-
-
-def choose_device(name):
-    """(device, reason)"""
-    mine = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"  # under torchrun
-    if name != "auto":
-        return checked_device(mine if name == "cuda" else name), "as asked"
-    if torch.cuda.is_available():
-        return torch.device(mine), torch.cuda.get_device_name()
-    if torch.backends.mps.is_available():
-        return torch.device("mps"), "no CUDA here, but an Apple GPU"
-    return torch.device("cpu"), "neither CUDA nor an Apple GPU here"
-
-
-def choose_threads(threads):
-    """CPU threads: as asked, else a thread for each core that is idle right now, as far as Linux tells.
-
-    Two runs of two threads on two cores are many times slower than two of one: each waits for the other.
-    """
-    def clock():
-        with open("/proc/stat") as file:
-            ticks = [int(ticks) for ticks in file.readline().split()[1:]]
-        return ticks[3], sum(ticks)  # idle, all
-
-    if threads or "OMP_NUM_THREADS" in os.environ or not os.path.exists("/proc/stat"):
-        return threads or torch.get_num_threads()
-    idle, every = clock()
-    time.sleep(0.1)
-    idle, every = (after - before for after, before in zip(clock(), (idle, every)))
-    return max(1, min(torch.get_num_threads(), round(os.cpu_count() * idle / max(1, every))))
-
-
-def choose_dtype(name, device):
-    """(dtype of the matrix products, reason)"""
-    if name != "auto":
-        return getattr(torch, name), "as asked"
-    if device.type != "cuda":
-        return torch.float32, "the default without CUDA"
-    if not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float32, "this GPU has no bfloat16, and float16 would need loss scaling"
-    return torch.bfloat16, "autocast; weights stay float32"
-
-
-def try_compile(model, batch, precision):
-    """(model to train with, reason): compiled if a forward and a backward go through, else as it was."""
-    try:
-        compiled = torch.compile(model)
-        with precision:
-            compiled(*batch)[1].backward()
-            with torch.no_grad():  # evaluation is another graph
-                compiled.eval()(*batch)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # whatever goes wrong in a compiler: training works without
-        reason = " ".join(str(error).split())[:200]
-        return model, f"off: torch.compile failed with {type(error).__name__}: {reason}"
-    finally:
-        model.train().zero_grad()
-    return compiled, "on"
-
-
-# Dense bfloat16 peak in TFLOP/s, from NVIDIA's data sheets, by what the GPU's name contains; the first match.
-PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312,
-               "L40S": 362, "L4": 121, "A10G": 70, "RTX 4090": 165, "RTX 3090": 71}
-
-
-def peak_flops(device):
-    """What the device could do at best, in FLOP/s; None if it is not in the table."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((1e12 * peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
-
-
-def flops_per_token(config, parameters):
-    """Of one training step of a dense model, forward and backward (PaLM, arXiv 2204.02311, appendix B).
-
-    Six for each weight that multiplies (the embedding only looks up) and 12 L nh hs T for attention.
-    """
-    looked_up = 0 if config.tie_embeddings else config.vocab_size * config.n_embd
-    attention = 12 * config.n_layer * config.n_head * config.head_dim * config.block_size
-    return 6 * (parameters - looked_up) + attention
-
-
-# ----------------------------------------------------------------------------------------------------
-# Several processes, started by torchrun: each trains on its part of the windows of every step
-
-
-@contextmanager
-def processes(device):
-    """Join the processes that torchrun has started, if it has."""
-    if "RANK" not in os.environ:
-        yield
-        return
-    if device.type == "cuda":
-        torch.cuda.set_device(checked_device(str(device)))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    yield
-    dist.destroy_process_group()
-
-
-def rank_and_ranks():
-    """(number of this process, how many there are)"""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def agreed(value):
-    """Process 0's value, in all processes."""
-    values = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(values)
-    return values[0]
-
-
-def shares(batch_size, grad_accum, ranks):
-    """(windows of a process per step, forwards it makes for them): the step's windows are the same for any
-    number of processes. ValueError if they can't be shared out evenly."""
-    windows, forwards = batch_size * grad_accum, math.ceil(grad_accum / ranks)
-    if windows % (ranks * forwards):
-        raise ValueError(f"batch_size={batch_size} times grad_accum={grad_accum} is {windows} windows a "
-                         f"step, which {ranks} processes with {forwards} forwards each can't share evenly: "
-                         f"choose multiples of {ranks}")
-    return windows // ranks, forwards
-
-
-# ----------------------------------------------------------------------------------------------------
-# Data, optimizer, schedule
+# ---- data, optimizer, learning rate ----------------------------------------------------------------
 
 
 class Windows:
-    """Windows of T tokens at any offset of a memory-mapped token file, with BOS put in front of each."""
+    """Windows of T tokens, cut anywhere from a token file; BOS is put in front of each."""
 
     def __init__(self, tokens, bos, T, device):
         if len(tokens) < T:
-            raise ValueError(f"{getattr(tokens, 'filename', 'the data')} has {len(tokens)} tokens, fewer "
-                             f"than block_size={T}: prepare more text, or take a smaller --block_size")
+            raise ValueError(f"the data has {len(tokens)} tokens in one of its splits, fewer than "
+                             f"block_size={T}: prepare more text, or choose a smaller --block_size")
         self.windows = np.lib.stride_tricks.sliding_window_view(tokens, T)  # (N - T + 1, T), a view: no copy
         self.bos, self.device = bos, device
 
     def at(self, offsets):
-        """(idx, targets), (B, T) each: idx is BOS and the first T - 1 tokens, targets are all T."""
-        targets = torch.from_numpy(self.windows[offsets].astype(np.int64))  # one gather
+        """(idx, targets), (B, T) each: targets are T tokens in a row, idx is BOS and the first T - 1."""
+        targets = torch.from_numpy(self.windows[offsets].astype(np.int64))
         idx = torch.cat((torch.full((len(offsets), 1), self.bos), targets[:, :-1]), dim=1)
         if self.device.type == "cuda":  # from pinned memory, the copy overlaps with the step before
             return [t.pin_memory().to(self.device, non_blocking=True) for t in (idx, targets)]
         return idx.to(self.device), targets.to(self.device)
 
-    def random(self, seed, step, count):
-        """`count` random offsets that depend on seed and step only: any step can be had again on its own."""
-        return np.random.default_rng([seed, step]).integers(len(self.windows), size=count)
+    def of_step(self, step, c, rank=0, ranks=1):
+        """Batches [(idx, targets)] of a step: random windows, divided among the processes.
+
+        They depend on seed and step only. So a resumed run goes on exactly where it stopped, and a step is
+        the same for any number of processes.
+        """
+        offsets = np.random.default_rng([c.seed, step]).integers(len(self.windows), size=c.windows_per_step)
+        mine = np.split(offsets, ranks)[rank]
+        return [self.at(part) for part in np.array_split(mine, math.ceil(len(mine) / c.batch_size))]
 
     def spaced(self, count):
         """`count` offsets, evenly spaced."""
@@ -271,29 +145,29 @@ class Windows:
 
 
 def make_optimizers(model, c):
-    """A list of optimizers which share one learning rate. Each parameter is in exactly one group.
+    """A list of optimizers that share one learning rate. Each parameter is in exactly one group.
 
-    Matrices decay, vectors (norms, constants) don't. Muon (Jordan 2024) takes the matrices inside the blocks,
-    its steps scaled to the size of AdamW's; embedding, head and stacked expert matrices stay with AdamW.
+    Matrices decay; vectors (norms, constant gates) do not. Muon (Jordan 2024) takes the matrices inside the
+    blocks, with steps as large as AdamW's. The embedding and the head stay with AdamW.
     """
     muon, decay, rest = [], [], []
     for name, p in model.named_parameters():
         if p.dim() < 2:
             rest.append(p)
-        elif c.optimizer == "muon" and p.dim() == 2 and name.startswith("blocks."):
+        elif c.optimizer == "muon" and name.startswith("blocks."):
             muon.append(p)
         else:
             decay.append(p)
     groups = [{"params": decay, "weight_decay": c.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(groups, lr=c.learning_rate, betas=(c.beta1, c.beta2), fused=True)
-    if not muon:
-        return [adamw]
-    return [adamw, torch.optim.Muon(muon, lr=c.learning_rate, weight_decay=c.weight_decay,
-                                    adjust_lr_fn="match_rms_adamw")]
+    optimizers = [torch.optim.AdamW(groups, lr=c.learning_rate, betas=(c.beta1, c.beta2), fused=True)]
+    if muon:
+        optimizers.append(torch.optim.Muon(muon, lr=c.learning_rate, weight_decay=c.weight_decay,
+                                           adjust_lr_fn="match_rms_adamw"))
+    return optimizers
 
 
 def learning_rate_at(step, c):
-    """Learning rate of step 0, 1, ..: a linear climb, then a half cosine down to the floor, or constant."""
+    """Learning rate of step 0, 1, ...: a linear climb, then half a cosine down, or constant."""
     if step < c.warmup_steps:
         return c.learning_rate * (step + 1) / c.warmup_steps
     if c.schedule == "constant":
@@ -303,422 +177,214 @@ def learning_rate_at(step, c):
     return c.learning_rate * ratio
 
 
-# ----------------------------------------------------------------------------------------------------
-# Evaluation and the log
-
-# train_loss is the mean over the steps since the row before, so early on it lies above val_loss.
-COLUMNS = ("step", "train_loss", "val_loss", "bits_per_byte", "tokens_per_second",
-           "first_token_share", "uniform_share", "gate_score", "max_activation")
-EXPERT_COLUMNS = (*COLUMNS, "max_expert_load")  # with experts, how evenly they are visited
-MEASURE_WINDOWS = 64  # of the validation windows, for the three measurements
+# ---- training --------------------------------------------------------------------------------------
 
 
-def cells(config, c, known_peak):
-    """(name, heading, width, format) of what an evaluation prints: 80 columns at most."""
-    shown = [("step", "step", 6, "d"), ("train_loss", "train", 8, ".4f"), ("val_loss", "val", 8, ".4f"),
-             ("bits_per_byte", "bits/byte", 10, ".4f"), ("tokens_per_second", "tokens/s", 10, ",.0f")]
-    if c.attn_share:
-        shown += [("first_token_share", "share", 7, ".3f"), ("uniform_share", "(floor)", 8, ".3f"),
-                  ("gate_score", "gate", 7, ".3f"), ("max_activation", "max|x|", 8, ".1f")]
-        shown += [("max_expert_load", "load", 6, ".2f")] * bool(config.n_expert)
-    return shown + [("mfu", "MFU", 6, ".1%")] * known_peak
+def train_step(model, optimizers, batches, learning_rate, c, precision):
+    """One optimizer step on batches [(idx, targets)] of one size. Returns their mean loss, on the device."""
+    total = 0.0
+    for i, (idx, targets) in enumerate(batches, 1):
+        if isinstance(model, DistributedDataParallel):  # exchange gradients once, in the last backward
+            model.require_backward_grad_sync = i == len(batches)
+        with precision:
+            loss = model(idx, targets)[1] / len(batches)
+        loss.backward()
+        total += loss.detach()
+    if c.grad_clip:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        optimizer.step()
+        optimizer.zero_grad()
+    return total
 
 
-def heading(shown):
-    return "".join(f"{title:>{width}}" for _, title, width, _ in shown)
+def train(config, c, say=tqdm.write):
+    """Train as the two configs say. Returns (model, log); the log has a dict for each evaluation.
 
-
-def line(row, shown):
-    return "".join(f"{row[name]:{width}{form}}".replace("nan", "  -") for name, _, width, form in shown)
-
-
-# ----------------------------------------------------------------------------------------------------
-# Runs: their folders, and how one is stopped and resumed
-
-
-def run_folder(config, c):
-    """Where a new run goes: --out if it is free, else out/<data>-<variant>, -2, -3, ..."""
-    if c.out is None:
-        name = f"out/{c.data}-{config.variant}"
-        numbered = map(Path, chain([name], (f"{name}-{i}" for i in count(2))))
-        return next(path for path in numbered if not path.exists())
-    if not c.out or (Path(c.out).exists() and not Path(c.out).is_dir()):
-        raise ValueError(f"out={c.out!r} is not a folder: name one, or leave --out out")
-    if files_of_run(c.out) and not c.overwrite:
-        raise ValueError(f"{c.out} holds a run already: --resume goes on with it, --overwrite replaces it, "
-                         "another --out leaves it alone")
-    return Path(c.out)
-
-
-def files_of_run(folder):
-    """What a run leaves in its folder, as far as it is there."""
-    paths = [Path(folder, name) for name in ("last.pt", "best.pt", "log.csv")]
-    return [path for path in paths if path.exists()]
-
-
-NOT_IN_WEIGHTS = ("block_size", "dropout", "balance_loss", "router_z_loss")  # what --init_from leaves free
-
-
-def initial_model(config, c, meta):
-    """A model of this config with the weights of c.init_from, in float32.
-
-    Raises ValueError if these have another shape, or if the data is not in that model's tokens.
+    Raises ValueError for what cannot be, FloatingPointError when a loss is not finite, and KeyboardInterrupt
+    after Ctrl-C, when all is saved. Under torchrun, each process trains on its part of a step's windows.
     """
-    model, tokenizer, _, _ = open_model(c.init_from, torch.float32)
-    differs = [f"{name}={value} (there {getattr(model.config, name)})"
-               for name, value in dataclasses.asdict(config).items()
-               if value != getattr(model.config, name) and name not in NOT_IN_WEIGHTS]
-    if differs:
-        raise ValueError(f"{c.init_from} has another shape than asked for: {', '.join(differs)}; leave these "
-                         "flags out")
-    try:
-        same = prepare.same_tokenizer(tokenizer, meta["tokenizer"])
-    except FileNotFoundError:  # save_pretrained writes no tokenizer: then the data is taken at its word
-        same = True
-    if not same:
-        raise ValueError(f"{c.init_from} reads the tokens of {tokenizer}, and {c.data} has those of "
-                         f"{meta['tokenizer']}: python data/prepare.py FILES --tokenizer={tokenizer} does")
-    return GPT.with_weights(config, model.state_dict())
+    threads, why_threads = choose_threads(c.threads)
+    c = dataclasses.replace(c, threads=threads)  # saved with the run: a resumed run computes the same digits
+    torch.set_num_threads(threads)
+    device, why_device = choose_device(c.device)
+    precision, why_precision = choose_precision(c.dtype, device)
+    with processes(device) as (rank, ranks):
+        say = say if rank == 0 else lambda text: None
+        config, meta, train_set, val_set = open_data(config, c, device, ranks)
+        model, optimizers, state = (resume if c.resume else start)(config, c, meta, device)
+        if rank == 0 and not c.resume:
+            out = checkpoint.new_folder(c.out, f"{c.data}-{variant(config)}", c.overwrite)
+            c = dataclasses.replace(c, out=str(out))
+        fast, compiled = model, "off (on by default with CUDA only)"
+        if c.compile or (c.compile is None and device.type == "cuda"):
+            fast, compiled = try_compile(model, train_set.of_step(0, c, rank, ranks)[0], precision)
+        parallel = DistributedDataParallel(fast) if ranks > 1 else fast
+        describe(say, model, c, meta, state, dtype=why_precision, compile=compiled,
+                 threads=f"{threads} ({why_threads})", device=f"{device} ({why_device})"
+                 + (f", {ranks} processes" if ranks > 1 else ""))
+        columns = columns_of(config, c.attn_share)
+        say("\n" + heading(columns))
 
-
-@contextmanager
-def stop_signals():
-    """A list that fills when SIGINT or SIGTERM comes, so that the loop can end after the step under way."""
-    came, before = [], {}
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, lambda number, frame: came.append(number))
-    except ValueError:  # not in the main thread: whoever runs there looks after signals
-        pass
-    try:
-        yield came
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-# ----------------------------------------------------------------------------------------------------
-# Training
-
-
-def open_data(name, say=print):
-    """(meta, {"train", "val"}) of a prepared set; one that needs no download is prepared on the way."""
-    if name in prepare.OFFLINE and not (prepare.DATA / name / "meta.json").exists():
-        say(f"preparing data/{name}, once")
-        prepare.prepare(name)
-    return prepare.load(name)
-
-
-def train(config, c, quiet=False):
-    """Train as the two configs say; returns the log, one dict for each evaluation.
-
-    A row holds log.csv's columns and, with c.attn_share, measure's dicts as "layers". Raises ValueError for
-    what can't be, FloatingPointError when the loss is no longer finite, and KeyboardInterrupt after a SIGINT
-    or SIGTERM, once all is saved.
-    """
-    return Run(config, c, say=(lambda text: None) if quiet else tqdm.write).loop(hide_bar=quiet or None)
-
-
-class Run:
-    """A run: its model, data, optimizers, and `state`, which is what a checkpoint holds beside the model."""
-
-    STATE = {"step": int, "best": float, "seconds": float, "log": list, "losses": list, "train_config": dict,
-             "tokenizer": str, "data": str, "optimizers": list}  # what resuming needs
-
-    def __init__(self, config, c, say):
-        self.rank, self.ranks = rank_and_ranks()
-        self.say = say if self.rank == 0 else lambda text: None
-        self.own_windows, self.forwards = shares(c.batch_size, c.grad_accum, self.ranks)
-        c = self.c = dataclasses.replace(c, threads=choose_threads(c.threads))  # a resumed run takes as many
-        torch.set_num_threads(c.threads)
-        self.device, why_device = choose_device(c.device)
-        dtype, why_dtype = choose_dtype(c.dtype, self.device)
-        self.precision = torch.autocast(self.device.type, dtype) if dtype != torch.float32 else nullcontext()
-        if self.device.type == "cuda":
-            torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
-
-        config = self.open_windows(config)
-        if c.resume:
-            self.resume(config)
-        else:
-            self.start(config)
-        if self.rank == 0:
-            self.out.mkdir(parents=True, exist_ok=True)
-            for old in files_of_run(self.out) if c.overwrite else ():  # all else is ready
-                old.unlink()
-        self.tokens = 0  # since self.began, which loop and evaluate set: what tokens/s is about
-        self.clock = time.perf_counter() - self.state["seconds"]  # its start, had it never been stopped
-
-        peak = None if config.n_expert else peak_flops(self.device)
-        flops = flops_per_token(config, self.model.num_params())
-        self.full_speed = self.ranks * peak / flops if peak else math.nan  # tokens/s
-        self.shown = cells(config, c, known_peak=bool(peak))
-        self.describe(device=f"{self.device}, {c.threads} of {os.cpu_count()} CPU threads ({why_device})",
-                      dtype=f"{str(dtype).removeprefix('torch.')} ({why_dtype})", compile=self.make_fast())
-
-    def open_windows(self, config):
-        """The windows of both splits, and the config with the vocabulary of the data."""
-        c, first = self.c, os.environ.get("LOCAL_RANK", "0") == "0"  # of its machine: prepares data for all
-        if not first:
-            dist.barrier()
-        self.meta, tokens = open_data(c.data, self.say)
-        if first and self.ranks > 1:
-            dist.barrier()
-        self.train_windows, self.val_windows = (
-            Windows(tokens[split], self.meta["bos"], config.block_size, self.device)
-            for split in ("train", "val"))
-        config = dataclasses.replace(config, vocab_size=config.vocab_size or self.meta["vocab_size"])
-        if config.vocab_size < self.meta["vocab_size"]:
-            raise ValueError(f"vocab_size={config.vocab_size} is below the {self.meta['vocab_size']} tokens "
-                             f"of {c.data}: " + (f"prepare data in the tokens of {c.init_from}" if c.init_from
-                                                 else "prepare the data of the run again" if c.resume
-                                                 else "leave it out, and the data says it"))
-        return config
-
-    def make_fast(self):
-        """The model as a step calls it: compiled, and with gradients that travel. Says why (not) compiled."""
-        c, why = self.c, "off (as asked)" if self.c.compile is False else "off (on by default with CUDA only)"
-        self.fast = self.model
-        if c.compile or (c.compile is None and self.device.type == "cuda"):
-            batch = self.train_windows.at(self.train_windows.spaced(self.own_windows // self.forwards))
-            self.fast, why = try_compile(self.model, batch, self.precision)
-        if self.ranks > 1:
-            self.fast = DistributedDataParallel(self.fast)
-        return why
-
-    def start(self, config):
-        """A new run: fresh weights from the seed, or those of --init_from."""
-        self.out = agreed(run_folder(config, self.c) if self.rank == 0 else None)
-        torch.manual_seed(self.c.seed)
-        self.place(initial_model(config, self.c, self.meta) if self.c.init_from else GPT(config))
-        self.state = {"step": 0, "best": math.inf, "seconds": 0.0, "log": [], "losses": []}
-
-    def place(self, model):
-        """The model onto the device, and its optimizers."""
-        self.model = model.to(self.device)
-        self.optimizers = make_optimizers(self.model, self.c)
-
-    def resume(self, config):
-        """Everything as the checkpoint has it; the number of processes may be another."""
-        self.out = Path(self.c.out) if self.c.out else newest_run()
-        path = checkpoint_in(self.out)
-        model, self.state = load_run(path, self.STATE)
-        if self.state["step"] >= self.c.max_steps:
-            raise ValueError(f"{path} is at step {self.state['step']} of max_steps={self.c.max_steps}: "
-                             "a larger --max_steps goes on")
-        if model.config != config:
-            differs = [f"{f.name}={getattr(config, f.name)} (there {getattr(model.config, f.name)})"
-                       for f in dataclasses.fields(config)
-                       if getattr(config, f.name) != getattr(model.config, f.name)]
-            raise ValueError(f"{path} has another model than asked for: {', '.join(differs)}; leave these "
-                             "flags out, or start a new run")
-        if self.state["data"] != self.meta["train"]["sha256"]:
-            raise ValueError(f"{path} was trained on other data than data/{self.c.data} holds now: prepare "
-                             "the same data again, or start a new run")
-        old = self.state["train_config"]
-        for name in ("optimizer", "weight_decay", "beta1", "beta2"):
-            if getattr(self.c, name) != old.get(name):
-                raise ValueError(f"{name}={getattr(self.c, name)} (there {old.get(name)}): a resumed run "
-                                 f"keeps the optimizer of {path}; leave --{name} out, or start a new run")
-        self.place(model)
-        for optimizer, saved in zip(self.optimizers, self.state.pop("optimizers"), strict=True):
-            optimizer.load_state_dict(saved)
-
-    def describe(self, **machine):
-        c, model, T = self.c, self.model, self.model.config.block_size
-        in_gates = sum(p.numel() for name, p in model.named_parameters() if ".attn.gate." in name)
-        windows = c.batch_size * c.grad_accum
-        machine["device"] += f", {self.ranks} processes" * (self.ranks > 1)
-        for what, text in (machine | {
-            "model": f"gate {model.config.variant}, {model.num_params():,} parameters, {in_gates:,} in gates",
-            "data": f"{c.data}, {self.meta['train']['tokens']:,} training tokens ({self.meta['tokenizer']})",
-            "steps": f"{c.max_steps:,} of {windows * T:,} tokens ({windows} windows of {T}), {c.optimizer}",
-            "run": f"{self.out}" + (f", resumed at step {self.state['step']}" if c.resume else
-                                    f", from the weights of {c.init_from}" * bool(c.init_from)),
-        }).items():
-            self.say(f"{what:<8} {text}")
-
-    def loop(self, hide_bar=None):
-        c, state = self.c, self.state
-        self.say("\n" + heading(self.shown))
-        self.began = time.perf_counter()
-        pending = []  # losses still on the device: reading one means waiting for the GPU
-        with (stop_signals() as stop,
-              tqdm(total=c.max_steps, initial=state["step"], unit="step", leave=False,
-                   disable=True if self.rank else hide_bar) as bar):
-            while state["step"] < c.max_steps:
-                pending.append(self.step())
+        losses, began = [], time.perf_counter()  # losses stay on the device: to read one means to wait for it
+        bar = tqdm(total=c.max_steps, initial=state["step"], unit="step", leave=False,
+                   disable=None if say is tqdm.write else True)  # None: a bar if this is a terminal
+        with bar, ctrl_c() as stop:  # stop: a list, empty until somebody presses Ctrl-C
+            while state["step"] < c.max_steps and not stop:
+                model.train()
+                torch.manual_seed(hash((c.seed, state["step"], rank)))  # of dropout
+                batches = train_set.of_step(state["step"], c, rank, ranks)
+                rate = learning_rate_at(state["step"], c)
+                losses.append(train_step(parallel, optimizers, batches, rate, c, precision))
                 state["step"] += 1
                 bar.update()
-                evaluating = state["step"] % c.eval_every == 0 or state["step"] == c.max_steps
-                if evaluating or (stop and self.ranks == 1) or len(pending) == 20:
-                    first = state["step"] + 1 - len(pending)
-                    *losses, stopping = self.over_ranks([*pending, torch.tensor(float(len(stop)))])
-                    for step, loss in enumerate(losses, first):
-                        self.check_finite("training", loss, step)
-                        state["losses"].append(loss)
-                    pending.clear()
-                    bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
-                    if evaluating:
-                        self.evaluate()
-                    if stopping and state["step"] < c.max_steps:
-                        if not evaluating:
-                            self.save("last")
-                        raise KeyboardInterrupt
-        return state["log"]
 
-    def over_ranks(self, numbers):
-        """Tensors of one number each, as a list of floats: their means over all processes."""
-        numbers = torch.stack([number.to(self.device) for number in numbers])
-        if self.ranks > 1:
-            dist.all_reduce(numbers)
-        return (numbers / self.ranks).tolist()
-
-    def step(self):
-        """One optimizer step; returns the training loss of this process's windows, a tensor on the device."""
-        c, step = self.c, self.state["step"]
-        self.model.train()
-        rate, total = learning_rate_at(step, c), 0.0
-        torch.manual_seed(hash((c.seed, step, self.rank)))  # dropout, like data, depends on the step alone
-        offsets = self.train_windows.random(c.seed, step, c.batch_size * c.grad_accum)
-        mine = np.split(offsets, self.ranks)[self.rank]
-        for i, part in enumerate(np.split(mine, self.forwards), 1):
-            if isinstance(self.fast, DistributedDataParallel):  # gradients travel once, with the last forward
-                self.fast.require_backward_grad_sync = i == self.forwards
-            with self.precision:
-                loss = self.fast(*self.train_windows.at(part))[1] / self.forwards
-            loss.backward()
-            total += loss.detach()
-        if c.grad_clip:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.grad_clip)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
-            optimizer.zero_grad()
-        self.tokens += offsets.size * self.model.config.block_size
-        return total
-
-    def check_finite(self, what, loss, step):
-        """Stop the run if a loss is not finite; the checkpoints of before stay."""
-        if math.isfinite(loss):
-            return
-        rate, kept = learning_rate_at(step - 1, self.c), "no checkpoint was made yet"
-        if any(path.suffix == ".pt" for path in files_of_run(self.out)):
-            kept = f"{checkpoint_in(self.out)} is from before"
-        raise FloatingPointError(
-            f"the {what} loss is {loss} at step {step}, learning rate {rate:.2g}: try a smaller "
-            f"--learning_rate, more --warmup_steps or --grad_clip={self.c.grad_clip / 2 or 1:g}; {kept}")
-
-    def evaluate(self):
-        """Validation loss and measurements: a line, a row of the log, a checkpoint."""
-        c, state = self.c, self.state
-        seconds = time.perf_counter() - self.began
-        val = self.val_loss()
-        self.check_finite("validation", val, state["step"])
-        bytes_per_token = (self.meta["val"]["bytes"] or math.nan) / self.meta["val"]["tokens"]
-        row = dict.fromkeys(EXPERT_COLUMNS, math.nan) | {
-            "step": state["step"], "train_loss": sum(state["losses"]) / len(state["losses"]), "val_loss": val,
-            "bits_per_byte": val / math.log(2) / bytes_per_token, "tokens_per_second": self.tokens / seconds}
-        if c.attn_share:
-            idx, _ = self.val_windows.at(self.val_windows.spaced(MEASURE_WINDOWS))  # (64, T)
-            row["layers"] = layers = measure(self.model, idx)
-            row["uniform_share"] = uniform_share(idx.size(1))
-            for name in ("first_token_share", "gate_score", "max_activation", "max_expert_load"):
-                row[name] = sum(layer[name] for layer in layers) / len(layers)  # the paper's mean over layers
-        state["log"].append(row)
-        state["losses"] = []
-        self.save_evaluated(val)  # first: the terminal may be gone
-        self.say(line(row | {"mfu": row["tokens_per_second"] / self.full_speed}, self.shown))
-        self.began, self.tokens = time.perf_counter(), 0
-
-    @torch.no_grad()
-    def val_loss(self):
-        """Mean cross entropy in nats per token over c.eval_windows fixed windows."""
-        self.model.eval()  # the same in every process
-        total, offsets = 0.0, self.val_windows.spaced(self.c.eval_windows)
-        for part in np.array_split(offsets, math.ceil(len(offsets) / self.c.batch_size)):
-            with self.precision:
-                total += self.fast(*self.val_windows.at(part))[1].item() * len(part)
-        return total / len(offsets)
-
-    def save_evaluated(self, val):
-        """The two checkpoints, and log.csv."""
-        state = self.state
-        better = val < state["best"]
-        state["best"] = min(val, state["best"])
-        if better:
-            self.save("best")  # first: a run that is killed in between resumes at last.pt, and makes it again
-        self.save("last")
-        if self.rank == 0:
-            write_whole({self.out / "log.csv": self.write_log})
-
-    def write_log(self, path):
-        with open(path, "w", newline="") as file:
-            columns = EXPERT_COLUMNS if self.model.config.n_expert else COLUMNS
-            writer = csv.DictWriter(file, columns, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(self.state["log"])
-
-    def save(self, name):
-        self.state["seconds"] = time.perf_counter() - self.clock
-        state = self.state | {
-            "train_config": dataclasses.asdict(self.c), "tokenizer": self.meta["tokenizer"],
-            "data": self.meta["train"]["sha256"],
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
-        if self.rank == 0:
-            self.out.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
-            save_checkpoint(self.out / f"{name}.pt", self.model, state)
+                if state["step"] % c.eval_every == 0 or state["step"] == c.max_steps or stop:
+                    train_loss = mean_over_processes(torch.stack(losses).mean())
+                    seconds = time.perf_counter() - began
+                    tokens = len(losses) * c.windows_per_step * config.block_size
+                    row = {"step": state["step"], "train_loss": train_loss,
+                           "tokens_per_second": tokens / seconds, "seconds": state["seconds"] + seconds}
+                    row |= evaluate(model, fast, val_set, meta["val"], c, precision)
+                    check_finite(row, rate)
+                    state["seconds"] = row["seconds"]
+                    state["log"].append(row)
+                    if rank == 0:
+                        save(model, optimizers, state, c, meta)
+                    say(line(row, columns))
+                    losses, began = [], time.perf_counter()
+    if state["step"] < c.max_steps:
+        raise KeyboardInterrupt(f"stopped at step {state['step']} and saved; to go on: "
+                                f"python train.py --resume --out={shlex.quote(c.out)}")
+    return model, state["log"]
 
 
-# ----------------------------------------------------------------------------------------------------
-# The command line
+def open_data(config, c, device, ranks=1):
+    """(config with a vocabulary, meta of the data, training windows, validation windows)"""
+    if c.windows_per_step % ranks:
+        raise ValueError(f"batch_size={c.batch_size} times grad_accum={c.grad_accum} is "
+                         f"{c.windows_per_step} windows a step, which {ranks} processes cannot share evenly")
+    meta, tokens = prepare.load(c.data)
+    if (config.vocab_size or math.inf) < meta["vocab_size"]:
+        raise ValueError(f"vocab_size={config.vocab_size} is less than the {meta['vocab_size']} tokens that "
+                         f"{c.data} has: leave it out, or prepare the data with another --tokenizer")
+    config = dataclasses.replace(config, vocab_size=config.vocab_size or meta["vocab_size"])
+    return config, meta, *(Windows(tokens[split], meta["bos"], config.block_size, device)
+                           for split in ("train", "val"))
 
 
-def fields_of(cls):
-    """[(group, field, help)]: the group is the `# --- title ---` above a field, the help its comment."""
-    group, found, fields = cls.__name__, [], {f.name: f for f in dataclasses.fields(cls)}
-    for text in inspect.getsource(cls).splitlines():
-        if title := re.match(r"    # --- (.+) ---$", text):
-            group = title[1]
-        elif (match := re.match(r"    (\w+): .+?  # (.+)$", text)) and match[1] in fields:
-            found.append((group, fields.pop(match[1]), match[2]))
-    assert not fields, f"no comment, so no help for {', '.join(fields)}"
-    return found
+def start(config, c, meta, device):
+    """(model, optimizers, state) of a new run: weights from the seed, or those of --init_from."""
+    torch.manual_seed(c.seed)
+    model = GPT(config)
+    if c.init_from:
+        other, tokenizer, _ = checkpoint.open_model(c.init_from)
+        if tokenizer != meta["tokenizer"]:
+            raise ValueError(f"{c.init_from} reads tokens of {tokenizer}, but {c.data} has those of "
+                             f"{meta['tokenizer']}: prepare the data with --tokenizer={tokenizer}")
+        try:
+            model.load_state_dict(other.state_dict())
+        except RuntimeError:
+            raise ValueError(f"{c.init_from} has another shape than your flags ask for: leave out those of "
+                             "the model") from None
+    model.to(device)
+    return model, make_optimizers(model, c), {"step": 0, "seconds": 0.0, "log": []}
 
 
-def add_flags(parser, *configs, skip=()):
-    """A flag for every field of these dataclasses, in groups. Flags that are not given leave no trace."""
-    groups = {}
-    for title, f, comment in (row for cls in configs for row in fields_of(cls) if row[1].name not in skip):
-        groups[title] = groups.get(title) or parser.add_argument_group(title)
-        kind = next(t for t in (*get_args(f.type), f.type) if t is not type(None))  # int | None: int
-        if get_origin(f.type) is Literal:
-            options = {"choices": get_args(f.type)}
-        elif kind is bool:
-            options = {"action": argparse.BooleanOptionalAction}
-        else:
-            options = {"type": kind, "metavar": {int: "N", float: "X", str: "NAME"}[kind]}
-        default = {True: "on", False: "off"}[f.default] if type(f.default) is bool else f.default
-        options["help"] = comment + (f" [{default}]" if default is not None else "")
-        groups[title].add_argument(f"--{f.name}", default=argparse.SUPPRESS, **options)
+def resume(config, c, meta, device):
+    """(model, optimizers, state) as the last checkpoint of the run has them."""
+    path = Path(c.out, "last.pt")
+    model, saved = checkpoint.load(path)
+    if model.config != config or saved["data"] != meta["train"]["sha256"]:
+        raise ValueError(f"{path} was trained with another model, or on other data than {c.data} is now: "
+                         "prepare the same data again, or start a new run with --init_from")
+    if saved["step"] >= c.max_steps:
+        raise ValueError(f"{path} is at step {saved['step']} already: a larger --max_steps goes on")
+    model.to(device)
+    optimizers = make_optimizers(model, c)
+    for optimizer, content in zip(optimizers, saved["optimizers"], strict=True):
+        optimizer.load_state_dict(content)
+    return model, optimizers, {name: saved[name] for name in ("step", "seconds", "log")}
+
+
+def save(model, optimizers, state, c, meta):
+    """Write last.pt, log.csv, and best.pt if the validation loss is the lowest so far."""
+    content = {"config": dataclasses.asdict(model.config), "model": model.state_dict(),
+               "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+               "train_config": dataclasses.asdict(c), "tokenizer": meta["tokenizer"],
+               "data": meta["train"]["sha256"], **state}
+    if state["log"][-1]["val_loss"] == min(row["val_loss"] for row in state["log"]):
+        checkpoint.save(Path(c.out, "best.pt"), content)
+    checkpoint.save(Path(c.out, "last.pt"), content)
+    write_log(Path(c.out, "log.csv"), state["log"])
+
+
+# ---- evaluation ------------------------------------------------------------------------------------
+
+MEASURE_WINDOWS = 64  # of the validation windows, for the measurements
+
+
+@torch.no_grad()
+def evaluate(model, fast, val_set, val_meta, c, precision):
+    """Validation loss in nats per token and in bits per byte; the measurements, as means over layers."""
+    model.eval()
+    total, offsets = 0.0, val_set.spaced(c.eval_windows)
+    for part in np.array_split(offsets, math.ceil(len(offsets) / c.batch_size)):
+        with precision:
+            total += fast(*val_set.at(part))[1].item() * len(part)
+    val_loss = total / len(offsets)
+    bytes_per_token = (val_meta["bytes"] or math.nan) / val_meta["tokens"]
+    row = {"val_loss": val_loss, "bits_per_byte": val_loss / math.log(2) / bytes_per_token}
+    if c.attn_share:
+        idx, _ = val_set.at(val_set.spaced(MEASURE_WINDOWS))  # (64, T)
+        layers = measure(model, idx)
+        row |= {"uniform_share": uniform_share(idx.size(1)), "layers": layers}
+        for name in ("first_token_share", "gate_score", "max_activation", "max_expert_load"):
+            row[name] = sum(layer[name] for layer in layers) / len(layers)  # the paper's mean over layers
+    return row
+
+
+def check_finite(row, rate):
+    if not math.isfinite(row["train_loss"] + row["val_loss"]):
+        raise FloatingPointError(f"the loss is not finite at step {row['step']}, learning rate {rate:.2g}: "
+                                 "try a smaller --learning_rate or more --warmup_steps; what was saved stays")
+
+
+def describe(say, model, c, meta, state, device, threads, dtype, compile):
+    """Say what was chosen, and why."""
+    windows, T = c.windows_per_step, model.config.block_size
+    in_gates = sum(p.numel() for name, p in model.named_parameters() if ".attn.gate." in name)
+    origin = f", from {c.init_from}" if c.init_from else ""
+    say(f"""device   {device}
+threads  {threads}
+dtype    {dtype}
+compile  {compile}
+model    gate {variant(model.config)}, {model.num_params():,} parameters, {in_gates:,} in gates{origin}
+data     {c.data}, {meta['train']['tokens']:,} training tokens ({meta['tokenizer']})
+steps    {c.max_steps:,} of {windows * T:,} tokens ({windows} windows of {T}), {c.optimizer}
+run      {c.out}""" + (f", resumed at step {state['step']}" if c.resume else ""))
+
+
+# ---- the command line ------------------------------------------------------------------------------
+
+# What may change when a run is resumed. All else stays as it was.
+MAY_CHANGE = {"resume", "out", "max_steps", "eval_every", "eval_windows", "attn_share", "device", "dtype",
+              "compile", "threads"}
 
 
 def parse_flags(argv=None):
-    """The flags that were really given, as {name: value}."""
-    presets = "\n".join(
-        textwrap.fill(" ".join(f"{k}={v}" for k, v in values.items()), 78,
-                      initial_indent=f"  {name:<8}", subsequent_indent=" " * 10)
-        for name, values in PRESETS.items())
-    parser = argparse.ArgumentParser(
-        prog="train.py", usage="train.py [--preset=NAME] [--flag=value ...]  (--help lists the flags)",
-        description=__doc__.partition("\nReading order")[0], epilog="presets:\n" + presets,
-        allow_abbrev=False,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30))
-    parser.add_argument("--preset", choices=list(PRESETS), default=argparse.SUPPRESS,
-                        help="a table of values, see below [laptop; gpu where there is CUDA]")
+    """The flags that were given, as {name: value}."""
+    presets = "\n".join(textwrap.fill(" ".join(f"{k}={v}" for k, v in values.items()), 78,
+                                      initial_indent=f"  {name:<8}", subsequent_indent=" " * 10)
+                        for name, values in PRESETS.items())
+    parser = parser_of(__doc__, "train.py", usage="train.py [--preset=NAME] [--flag=value ...]",
+                       epilog="presets:\n" + presets)
+    parser.add_argument("--preset", choices=list(PRESETS), help="a table of values, see below [laptop; gpu "
+                        "where there is CUDA]")
     add_flags(parser, TrainConfig, GPTConfig)
-    return vars(parser.parse_args(argv))
+    return {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
 
 
 def make_configs(values):
@@ -728,67 +394,50 @@ def make_configs(values):
 
 
 def configs_from(flags):
-    """(GPTConfig, TrainConfig, why) from flags over a preset, or over a checkpoint's when resuming."""
+    """(GPTConfig, TrainConfig) from flags over a preset, or over the values of the run that is resumed."""
     if flags.get("resume"):
-        for name in ("preset", "init_from"):
-            if name in flags:
-                raise ValueError(f"{name}={flags[name]} and resume: a run has its own values; leave one out")
-        out = Path(flags["out"]) if "out" in flags else newest_run()
-        model, state = load_run(checkpoint_in(out))
-        why, values = f"preset   as in {out}", dataclasses.asdict(model.config) | state["train_config"]
-        values |= {"out": str(out), "overwrite": False}
-    else:
-        device, _ = choose_device(flags.get("device", "auto"))
-        name = flags.get("preset", "gpu" if device.type == "cuda" else "laptop")
-        why = f"preset   {name} " + ("(as asked)" if "preset" in flags else f"(on {device.type})")
-        values = dict(PRESETS[name])
-        if "init_from" in flags:
-            there, window = open_model(flags["init_from"])[0].config, values["block_size"]
-            shape = {k: v for k, v in dataclasses.asdict(there).items() if k not in NOT_IN_WEIGHTS}
-            values |= shape | {"block_size": min(window, there.block_size)}
-    values |= {name: value for name, value in flags.items() if name != "preset"}
-    return *make_configs(values), why
+        if fixed := flags.keys() - MAY_CHANGE:
+            raise ValueError("--resume goes on with a run as it was: leave out "
+                             f"--{', --'.join(sorted(fixed))}, or start a new run with --init_from")
+        out = flags.get("out") or str(checkpoint.newest_run())
+        model, saved = checkpoint.load(Path(out, "last.pt"))
+        return make_configs(dataclasses.asdict(model.config) | saved["train_config"]
+                            | {"out": out, "overwrite": False} | flags)
+    device, _ = choose_device(flags.get("device", "auto"))
+    name = flags.get("preset", "gpu" if device.type == "cuda" else "laptop")
+    if is_first():
+        print(f"preset   {name} ({'as asked' if 'preset' in flags else f'on {device.type}'})")
+    values = PRESETS[name]
+    if "init_from" in flags:  # the weights decide the shape, all but these two
+        there = dataclasses.asdict(checkpoint.open_model(flags["init_from"])[0].config)
+        free = {name: values[name] for name in ("block_size", "dropout") if name in values}
+        values = values | there | free
+    return make_configs(values | flags)
 
 
 def main(argv=None):
-    flags = parse_flags(argv)
-    config, c, why = configs_from(flags)
-    with processes(choose_device(c.device)[0]):
-        if rank_and_ranks()[0] == 0:
-            print(why)
-        run = Run(config, c, tqdm.write)
-        try:
-            log = run.loop()
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"stopped at step {run.state['step']} and saved; to go on: "
-                                    f"python train.py --resume --out={shlex.quote(str(run.out))}") from None
-        except RuntimeError as error:
-            if run.ranks == 1 or isinstance(error, torch.OutOfMemoryError):
-                raise
-            raise OSError(f"a process of the group is gone ({str(error).splitlines()[0]}): all end here, at "
-                          f"step {run.state['step']}; --resume --out={shlex.quote(str(run.out))} goes on "
-                          "from the last checkpoint") from None
-    if run.rank == 0:
-        conclude(run, log)
-
-
-def conclude(run, log):
-    """What a run ends with on the screen: its best loss, the table per layer, a sample."""
-    config, c = run.model.config, run.c
+    config, c = configs_from(parse_flags(argv))
+    model, log = train(config, c)
+    if not is_first():
+        return
     best = min(log, key=lambda row: row["val_loss"])
     print(f"\nbest val loss {best['val_loss']:.4f} nats per token = {best['bits_per_byte']:.4f} bits per "
-          f"byte, step {best['step']:,}; {run.state['seconds']:.0f} s")
+          f"byte, step {best['step']:,}; {log[-1]['seconds']:.0f} s of training")
     if c.attn_share:
         print("\n" + layer_table(log[-1]["layers"], config.block_size))
-    path = checkpoint_in(run.out, prefer="best")
-    print(f"\nto go on: python sample.py --ckpt={shlex.quote(str(path))}")
+    print(f"\na sample (more of it: python sample.py):\n{sampled(model, c)}")
+
+
+def sampled(model, c):
+    """A text of 120 tokens from a model."""
+    meta, _ = prepare.load(c.data)
     try:
-        tokenizer = prepare.get_tokenizer(run.meta["tokenizer"])
+        text = TextOut(get_tokenizer(meta["tokenizer"]))
     except OSError as error:
-        return print(f"no sample here: {error}")
-    model, generator = load_run(path)[0], torch.Generator().manual_seed(c.seed)
-    tokens = model.stream(torch.tensor([[run.meta["bos"]]]), 120, temperature=0.8, generator=generator)
-    print(f"\na sample from {path}:\n" + "".join(stream_text((t.item() for t in tokens), tokenizer)))
+        return f"none: {error}"
+    device = model.embed.weight.device
+    bos, generator = torch.tensor([[meta["bos"]]], device=device), torch.Generator(device).manual_seed(c.seed)
+    return "".join(text.add(token.item()) for token in model.stream(bos, 120, 0.8, generator=generator))
 
 
 if __name__ == "__main__":

@@ -5,338 +5,253 @@ Data for gated GPT: text in, two files of tokens out.
     python data/prepare.py backcopy            the task that grows a sink
     python data/prepare.py shakespeare         Tiny Shakespeare, 1 MB
     python data/prepare.py fineweb --shards=2  web text in GPT-2 tokens, 200 MB
-                                               a shard, and one for val
-    python data/prepare.py notes.txt novels/   your own UTF-8 text, held in
-                                               memory while it is prepared
+                                               for each shard
+    python data/prepare.py notes.txt novels/   your own UTF-8 text
 
 The first two need no download. Each writes data/<name>/train.bin and val.bin,
 bare arrays of token ids, and meta.json, which says how to read them. Training
 maps these files into memory and cuts windows from them at random places.
+Sets live in data/, or in the folder that the variable GATED_GPT_DATA names.
 
-From top to bottom: tokenizers, writing and opening a set, reading text, the sets without and with a download,
-your own files, and how every script of the project ends (run_main).
+Reading order: write_set, load -> text in, tokens out -> the four sets -> your own files.
 """
-import argparse
-import base64
 import hashlib
-import http.client
 import json
 import os
 import platform
 import re
-import signal
 import string
 import sys
 import sysconfig
 import tempfile
-import time
 import urllib.request
-from functools import cache
 from pathlib import Path
 
 import numpy as np
-import tiktoken
 from tqdm import tqdm
 
-if not __package__:   # run as a script, which sees its own folder only
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data.released_tokenizer import StrictEncoding, folder_bos, folder_tokenizer  # noqa: E402
+if not __package__:  # run as a script, Python looks for modules in this folder: let it look in the project's
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+from data.tokenizers import BOS, bos_id, get_tokenizer, token_bytes  # noqa: E402
+from plumbing.files import whole_file  # noqa: E402
+from plumbing.flags import parser_of, run_main  # noqa: E402
 
-DATA = Path(__file__).resolve().parent
-SPLITS = ("train", "val")
-VAL_SHARE = 0.05   # of the files where there are many, else of each text
-MANY_FILES = 20    # from here on val is made of whole files
-MIN_TOKENS = 64    # a split with less holds no window worth training on
-NAME = r"\w[\w.-]*"   # of a set, which is that of its folder
-
-# --- tokenizers: three tiktoken encodings; the last id is the token before each text and each window --------
-
-BOS = {"bpe2k": 2047, "bytes": 256, "gpt2": 50256}
-BPE2K_SHA256 = "fb32d293c29ebcd491ce8d5b25f58aa57f13f36fe5211d75d3cd327fb572e25d"
-# BPE never merges across these: words with the space before them, up to three digits, signs, white space.
-SPLIT_PATTERN = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+DATA = Path(os.environ.get("GATED_GPT_DATA") or Path(__file__).resolve().parent).expanduser()
+VAL_SHARE = 0.05  # of the text
+MANY_FILES = 20  # from here on, val is made of whole files
 
 
-def bos_id(tokenizer):
-    """The id of the beginning-of-sequence token."""
-    return BOS[tokenizer] if tokenizer in BOS else folder_bos(tokenizer, get_tokenizer(tokenizer))
+# ---- a set: writing and opening it -----------------------------------------------------------------
 
 
-def vocabulary(tokenizer):
-    """What meta.json says of a tokenizer."""
-    bos = bos_id(tokenizer)
-    size = bos + 1 if tokenizer in BOS else get_tokenizer(tokenizer).n_vocab
-    dtype = np.min_scalar_type(size - 1).name
-    return {"tokenizer": tokenizer, "bos": bos, "vocab_size": size, "dtype": dtype}
+def write_set(name, tokenizer, source, chunks):
+    """Write the folder DATA/name from {"train": arrays of token ids, "val": arrays of token ids}; return it.
 
-
-@cache
-def get_tokenizer(name):
+    All goes to a temporary folder first, and meta.json is moved last: a folder without it is no set. So a
+    kill, or two runs that prepare the same set at once, leave no half of one.
     """
-    The tiktoken.Encoding of that name: bpe2k (make_bpe2k.py made it), bytes (no merges at all), gpt2, or that
-    of a released model, by its folder.
-    """
-    if name not in BOS:
-        if not Path(name).is_dir():
-            gone = FileNotFoundError if os.sep in name else ValueError
-            raise gone(f"tokenizer {name!r} is not one of {', '.join(BOS)}, nor a folder that is there")
-        return folder_tokenizer(name)
-    if name == "gpt2":
-        try:
-            return tiktoken.get_encoding("gpt2")
-        except (OSError, ValueError) as error:
-            raise OSError("tokenizer 'gpt2' needs the network once, to download its vocabulary, and that "
-                          f"failed ({type(error).__name__}): try again, or use bpe2k or bytes") from error
-    if name == "bytes":
-        return encoding_of(name, r"(?s:.)", {bytes([b]): b for b in range(256)})
-    return encoding_of(name, SPLIT_PATTERN, bpe2k_ranks())
-
-
-def encoding_of(name, pattern, ranks):
-    """The tiktoken.Encoding of these tokens, {bytes: id}, with BOS behind them."""
-    return StrictEncoding(name, pat_str=pattern, mergeable_ranks=ranks, explicit_n_vocab=BOS[name] + 1,
-                          special_tokens={"<|bos|>": BOS[name]})
-
-
-def bpe2k_ranks():
-    """{bytes: id} of the tokenizer that ships with the project. ValueError if its file is no longer that."""
-    path = DATA / "bpe2k.tiktoken"
-    text = path.read_bytes().replace(b"\r\n", b"\n") if path.is_file() else b""   # Git on Windows: \r\n
-    if (found := hashlib.sha256(text).hexdigest()) != BPE2K_SHA256:
-        raise ValueError(f"{path} has sha256 {found[:8]}, not {BPE2K_SHA256[:8]}: texts would become other "
-                         "tokens, so get the file that ships with the project again")
-    return {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, text.splitlines())}
-
-
-@cache
-def token_bytes(tokenizer):
-    """(vocab_size,) How many bytes of text each token stands for (BOS: none), for bits per byte."""
-    lengths = np.zeros(vocabulary(tokenizer)["vocab_size"], int)
-    for text, token in get_tokenizer(tokenizer)._mergeable_ranks.items():
-        lengths[token] = len(text)
-    return lengths
-
-
-def same_tokenizer(a, b):
-    """Whether two names mean the same tokens, as the folders of two released models may do."""
-    def content(name):
-        return type(get_tokenizer(name)), get_tokenizer(name).__getstate__()
-
-    return a == b or content(a) == content(b)
-
-
-# --- a set: writing and opening it --------------------------------------------------------------------------
-
-
-def write_set(name, root, tokenizer, source, chunks):
-    """
-    Writes the folder root/name from {"train": arrays of token ids, "val": arrays of token ids}; returns it.
-
-    All goes to a temporary folder first: a kill at any moment leaves the old set, the new one, or none.
-    """
-    out, meta = Path(root, name), {**vocabulary(tokenizer), "source": source}
+    out, bos = DATA / name, bos_id(tokenizer)
+    vocab_size = bos + 1 if tokenizer in BOS else get_tokenizer(tokenizer).n_vocab
+    meta = {"tokenizer": tokenizer, "bos": bos, "vocab_size": vocab_size,
+            "dtype": np.min_scalar_type(vocab_size - 1).name, "source": source}
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=root) as tmp:
-            for split in SPLITS:
-                meta[split] = write_bin(Path(tmp, f"{split}.bin"), tokenizer, chunks[split])
-                if meta[split]["tokens"] < MIN_TOKENS:
-                    raise ValueError(f"{source} leaves {meta[split]['tokens']} tokens for {split}, but a "
-                                     f"window needs {MIN_TOKENS} or more: give more text")
-            Path(tmp, "meta.json").write_text(json.dumps(signed(meta), indent=1) + "\n")
-            publish(Path(tmp), out)
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=DATA) as new:
+            for split, arrays in chunks.items():
+                meta[split] = write_bin(Path(new, f"{split}.bin"), arrays, tokenizer, meta["dtype"])
+            text = json.dumps(meta, indent=1) + "\n"
+            if (out / "meta.json").exists() and (out / "meta.json").read_text() != text:
+                (out / "meta.json").unlink()  # from here to the end there is no set
+            for split in chunks:
+                os.replace(Path(new, f"{split}.bin"), out / f"{split}.bin")
+        with whole_file(out / "meta.json") as file:
+            file.write(text.encode())
     except OSError as error:
-        if not error.strerror:   # ours, and says all
+        if not error.strerror:  # a sentence of our own
             raise
-        raise OSError(f"cannot write {out} ({error.strerror}): make room there, or choose another place with "
-                      "--root") from error
+        raise OSError(f"cannot write {out} ({error.strerror}): make room, or let the variable GATED_GPT_DATA "
+                      "name another folder for sets") from error
     print(f"{out}: {meta['train']['tokens']:,} tokens for train and {meta['val']['tokens']:,} for val "
-          f"({tokenizer}, {meta['vocab_size']:,} in the vocabulary)")
+          f"({tokenizer}, {vocab_size:,} in the vocabulary)")
     return out
 
 
-def write_bin(path, tokenizer, chunks):
-    """Writes arrays of token ids one after the other; returns what meta.json says of the file."""
-    vocab, sha256, n_tokens, n_bytes = vocabulary(tokenizer), hashlib.sha256(), 0, 0
+def write_bin(path, arrays, tokenizer, dtype):
+    """Write arrays of token ids one after the other; return what meta.json says of the file."""
+    sha256, n_tokens, n_bytes = hashlib.sha256(), 0, 0
     try:
         lengths = token_bytes(tokenizer)
-    except OSError:   # GPT-2 tokens can be written offline; how many bytes they stand for is unknown then.
-        lengths = n_bytes = None
+    except OSError:  # GPT-2 tokens can be written offline, but nobody knows how many bytes they stand for
+        n_bytes = None
     with open(path, "wb") as file:
-        for tokens in chunks:
-            if len(tokens) and tokens.max() >= vocab["vocab_size"]:
-                raise ValueError(f"token {tokens.max()} is beyond the last of {tokenizer}, "
-                                 f"{vocab['vocab_size'] - 1}")
-            data = tokens.astype(vocab["dtype"]).tobytes()
+        for tokens in arrays:
+            data = tokens.astype(dtype).tobytes()
             file.write(data)
             sha256.update(data)
             n_tokens += len(tokens)
-            n_bytes = None if lengths is None else n_bytes + int(lengths[tokens].sum())
+            if n_bytes is not None:
+                n_bytes += int(lengths[tokens].sum())
     return {"tokens": n_tokens, "bytes": n_bytes, "sha256": sha256.hexdigest()}
 
 
-def signed(meta):
-    """What meta.json says, with a checksum of all of it."""
-    meta = {key: value for key, value in meta.items() if key != "sha256"}
-    return {**meta, "sha256": hashlib.sha256(json.dumps(meta).encode()).hexdigest()}
+def load(name):
+    """(meta, {"train": tokens, "val": tokens}) of a set; the tokens are mapped from disk, not read.
 
-
-def publish(new, out):
-    """Moves the finished files to `out`, meta.json last, since a set without it counts as not there."""
-    out.mkdir(exist_ok=True)
-    meta = out / "meta.json"
-    # So the old one goes first. Unless it says the same: then another process has just made this set and may
-    # be reading it already (two runs of train.py that were started at once).
-    if meta.exists() and meta.read_bytes() != (new / "meta.json").read_bytes():
-        meta.unlink()
-    for file in ("train.bin", "val.bin", "meta.json"):
-        os.replace(new / file, out / file)
-
-
-def load(name, root=DATA):
+    A set that needs no download is made on the way. Raises FileNotFoundError if there is no such set, and
+    ValueError if its files are not whole; both name the command that makes it.
     """
-    (meta, {"train": tokens, "val": tokens}) of a prepared set; the tokens are mapped from disk, not read.
-
-    Raises FileNotFoundError if there is no such set and ValueError if it is damaged; both name the way out.
-    """
-    if not re.fullmatch(NAME, name):
-        raise ValueError(f"data={name} can't name a folder in {root}: letters, digits and . _ - only")
-    path = Path(root, name, "meta.json")
-    again = f"python data/prepare.py {name if name in SETS else f'FILES --name={name}'}"
-    if not path.is_file():
-        there = ", ".join(sorted(meta.parent.name for meta in Path(root).glob("*/meta.json"))) or "none yet"
-        raise FileNotFoundError(f"there is no data set {name!r} in {root} (there: {there}; known by name: "
-                                f"{', '.join(SETS)}): make it with `{again}`")
+    folder = DATA / name
+    command = f"python data/prepare.py {name if name in SETS else f'FILES --name={name} --overwrite'}"
+    if name in OFFLINE and not (folder / "meta.json").exists():
+        print(f"preparing {folder}, once")
+        SETS[name]()
+    if not (folder / "meta.json").exists():
+        there = ", ".join(sorted(path.parent.name for path in DATA.glob("*/meta.json"))) or "none"
+        raise FileNotFoundError(f"there is no data set {name} in {DATA} (sets there: {there}): make it with "
+                                f"`{command}`")
+    tokens = {}
     try:
-        meta = json.loads(path.read_text())
-        whole = meta == signed(meta)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        whole = False
-    if not whole or meta != {**meta, **vocabulary(meta["tokenizer"])}:   # which may have its own to say
-        raise ValueError(f"{path} is damaged or from another version: make it again with `{again}`")
-    return meta, {split: open_bin(path.with_name(f"{split}.bin"), meta, split, again) for split in SPLITS}
+        meta = json.loads((folder / "meta.json").read_bytes())
+        for split in ("train", "val"):
+            tokens[split] = np.memmap(folder / f"{split}.bin", meta["dtype"], mode="r")
+            if len(tokens[split]) != meta[split]["tokens"]:
+                raise ValueError(f"{split}.bin has {len(tokens[split]):,} tokens, not "
+                                 f"{meta[split]['tokens']:,}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"the data set {folder} is not whole ({error}): make it again with `{command}`"
+                         ) from None
+    return meta, tokens
 
 
-def open_bin(path, meta, split, again):
-    """The tokens of one split, mapped from disk, if they are the ones that meta.json speaks of."""
-    count = meta[split]["tokens"]
-    size, expected = path.stat().st_size if path.exists() else 0, count * np.dtype(meta["dtype"]).itemsize
-    if size != expected:
-        raise ValueError(f"{path} has {size:,} bytes, but {count:,} tokens need {expected:,}: it was cut "
-                         f"short or changed, make it again with `{again}`")
-    tokens = np.memmap(path, meta["dtype"], mode="r")
-    found = hashlib.sha256(tokens).hexdigest()   # one pass over the file, about a second for a GB
-    if found != meta[split]["sha256"]:
-        raise ValueError(f"{path} has sha256 {found[:8]}, but the tokens that meta.json speaks of have "
-                         f"{meta[split]['sha256'][:8]}: it is damaged, make it again with `{again}`")
-    return tokens
+# ---- text in, tokens out ---------------------------------------------------------------------------
 
 
-# --- reading, splitting and encoding text -------------------------------------------------------------------
+def text_of(content):
+    """The text in these bytes: UTF-8 without NUL, line ends as they are, a byte order mark dropped.
+
+    This is the one rule for what is text. ValueError if it is something else.
+    """
+    if b"\0" in content:
+        raise ValueError(f"not text: byte {content.index(0):,} is NUL")
+    try:
+        return content.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 text: see byte {error.start:,}") from None
 
 
 def read_text(path):
-    """The text of a UTF-8 file, line ends as they are."""
+    """The text of a file, or of standard input if the path is "-". ValueError if it is not text."""
     try:
-        return path.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (see byte {error.start:,}): convert it first") from error
-    except OSError as error:
-        raise OSError(f"{path} cannot be read: {error.strerror}") from error
+        return text_of(sys.stdin.buffer.read() if str(path) == "-" else Path(path).expanduser().read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is {error}") from None
 
 
-def read_folder(folder, suffix="", skip=()):
-    """{path: text} of the UTF-8 files under `folder`, sorted; no hidden ones, no folders named in `skip`."""
-    paths, texts = [], {}
-    for here, folders, files in os.walk(folder):
-        folders[:] = [f for f in folders if f not in skip and not f.startswith(".")]
-        paths += [Path(here, f) for f in files if f.endswith(suffix) and not f.startswith(".")]
-    for path in sorted(path for path in paths if path.is_file()):
+def read_texts(paths, suffix="", skip=()):
+    """{path: text} of files, and of all files in folders, sorted by path. Says what it leaves out.
+
+    In folders, hidden files and folders, and folders named in `skip`, do not count.
+    """
+    files, texts, left_out = [], {}, []
+    for path in paths:
+        if not path.is_dir():
+            files.append(path)
+        for here, folders, names in os.walk(path):
+            folders[:] = [name for name in folders if name not in skip and not name.startswith(".")]
+            left_out += [f"{Path(here, name)} (a link)" for name in folders if Path(here, name).is_symlink()]
+            files += [Path(here, name) for name in names
+                      if name.endswith(suffix) and not name.startswith(".")]
+    for path in sorted(set(files)):
         try:
             texts[path] = read_text(path)
-        except ValueError:
-            print(f"{path} is left out: not UTF-8 text", file=sys.stderr)
+        except (ValueError, OSError):
+            left_out.append(str(path))
+    if left_out:
+        more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
+        print(f"left out, because they are not UTF-8 text: {', '.join(left_out[:3])}{more}", file=sys.stderr)
     return {path: text for path, text in texts.items() if text}
 
 
-def split_by_file(texts):
-    """
-    Holds out 5% of the files, the first in the order of their names' hashes. So wherever the files lie, and
-    when one is added, val stays the same but for a file or two.
-    """
+def by_hash(texts):
+    """Paths of {path: text} in the order of a hash of their names, the same wherever the files are."""
     base = os.path.commonpath([path.parent for path in texts])
-    # MD5, since of the usual hashes it gives `python` the val that is most like its train (4.9% of the text).
-    rank = {path: hashlib.md5(path.relative_to(base).as_posix().encode(), usedforsecurity=False).digest()
-            for path in texts}
-    held_out = set(sorted(texts, key=rank.get)[:round(VAL_SHARE * len(texts))])
-    return {"train": [text for path, text in texts.items() if path not in held_out],
-            "val": [text for path, text in texts.items() if path in held_out]}
+    return sorted(texts, key=lambda path: hashlib.md5(path.relative_to(base).as_posix().encode(),
+                                                      usedforsecurity=False).digest())
+
+
+def split_files(texts):
+    """Hold out whole files for val: about 5% of the text. {"train": texts, "val": texts}, or None if no
+    choice of files comes near that.
+    """
+    size, wanted, val = 0, VAL_SHARE * sum(map(len, texts.values())), set()
+    for path in by_hash(texts):
+        if size + len(texts[path]) <= 1.1 * wanted:
+            size += len(texts[path])
+            val.add(path)
+    return None if size < 0.8 * wanted else divided(texts, val)
+
+
+def divided(texts, val):
+    """{"train": texts, "val": texts} of {path: text}, given the paths for val."""
+    return {"train": [text for path, text in texts.items() if path not in val],
+            "val": [text for path, text in texts.items() if path in val]}
 
 
 def split_each(texts, val_share=VAL_SHARE):
-    """Holds out the end of each text."""
+    """Hold out the end of each text."""
     cuts = [(text, int(len(text) * (1 - val_share))) for text in texts]
     return {"train": [text[:cut] for text, cut in cuts], "val": [text[cut:] for text, cut in cuts]}
 
 
 def encode(splits, tokenizer, bos=True):
     """From {"train": texts, "val": texts} to an array of tokens for each text, after a BOS if `bos`."""
-    def arrays(split):
-        for text in tqdm(splits[split], desc=split, unit=" texts", leave=False, disable=None):
-            # A text that says "<|bos|>" means these seven characters.
-            try:
-                tokens = get_tokenizer(tokenizer).encode_to_numpy(text, disallowed_special=())
-            except ValueError as error:   # of the library of regular expressions
-                raise ValueError(f"a text of {len(text):,} characters can't be split into tokens ({error}): "
-                                 "has it millions of spaces in a row? --tokenizer=bytes takes all") from None
-            yield np.append(np.uint32(bos_id(tokenizer)), tokens) if bos else tokens
-    return {split: arrays(split) for split in SPLITS}
+    first = [bos_id(tokenizer)] if bos else []
+    return {split: (np.array(first + get_tokenizer(tokenizer).encode_ordinary(text), dtype=np.uint32)
+                    for text in tqdm(texts, desc=split, unit=" texts", leave=False, disable=None))
+            for split, texts in splits.items()}
 
 
-# --- sets that need no download -----------------------------------------------------------------------------
+# ---- sets that need no download --------------------------------------------------------------------
 
 
-def stdlib_texts():
-    """{path: text} of the running Python's standard library, without its tests: 11 MB of code and prose."""
+def stdlib_split():
+    """{"train": texts, "val": texts} of the standard library without its tests: 11 MB of code and prose."""
     folder = Path(sysconfig.get_paths()["stdlib"])
-    texts = read_folder(folder, ".py", skip={"test", "tests", "idle_test", "site-packages", "dist-packages"})
-    # Not written by people: how this Python was built, and 750 kB of manual in one module.
-    texts = {path: text for path, text in texts.items()
+    texts = read_texts([folder], ".py", skip={"test", "tests", "idle_test", "site-packages", "dist-packages"})
+    texts = {path: text for path, text in texts.items()  # not written by people: a build's settings, a manual
              if not path.name.startswith("_sysconfigdata") and path.parent.name != "pydoc_data"}
     if len(texts) < MANY_FILES:
         raise ValueError(f"{folder} does not hold the standard library's source: prepare FILES of your own")
-    return texts
+    return divided(texts, set(by_hash(texts)[: round(VAL_SHARE * len(texts))]))  # 5% of the files
 
 
-def prepare_python(root=DATA):
-    """Real text that is on every machine: the standard library in 2,048 BPE tokens, split by file."""
-    chunks = encode(split_by_file(stdlib_texts()), "bpe2k")
+def prepare_python():
+    """Real text that every Python has with it: its standard library, in 2,048 BPE tokens."""
     source = f"the standard library of Python {platform.python_version()}"
-    return write_set("python", root, "bpe2k", source, chunks)
+    return write_set("python", "bpe2k", source, encode(stdlib_split(), "bpe2k"))
 
 
-ALPHABET = string.ascii_letters + string.digits   # 62 characters
-TRIGGERS = "uvx"   # 7% of the text
+ALPHABET = string.ascii_letters + string.digits  # 62 characters
+TRIGGERS = "uvx"  # 7% of the text
 
 
 def backcopy_text(chars, seed=0):
-    """
-    A Markov chain over 62 characters whose rows are drawn once from a Dirichlet(0.3), except that after a
-    trigger the next character is, seven times out of eight, a copy of the one *before* it ("kvk"; not
-    where that is a trigger, too).
+    """A Markov chain over 62 characters in which a trigger asks for a copy of the one before it ("kvk").
 
-    So a head has work at triggers and none elsewhere. Why not every time? Then nothing else need be known
-    of a trigger, its embedding shrinks, and attention's output counts at triggers but not beside the long
-    embeddings of all others; and a head whose output doesn't count needs no sink. The seed fixes the text on
-    every machine: a last bit rounded otherwise would have to meet one of 62 x 2^16 levels to matter.
+    Each character's successors are drawn once from a Dirichlet(0.3). After a trigger comes the copy, seven
+    times out of eight (but no copy of a trigger). So a head has work at triggers and none elsewhere.
+
+    Why not every time? Then the model would not need a trigger's own embedding, which would shrink. Attention
+    is added to the embedding. It would matter at triggers, where embeddings are short, and hardly elsewhere,
+    where they are long. But a head whose output does not matter elsewhere needs no sink there.
     """
     rng = np.random.default_rng(seed)
     letters = np.frombuffer(ALPHABET.encode(), np.uint8)
-    cdfs = rng.dirichlet(np.full(62, 0.3), size=62).cumsum(axis=1)   # (62, 62), one row for each character
-    # Each row's inverse CDF, tabulated at 2^16 levels: a draw is one look-up, so a plain loop is fast enough.
+    cdfs = rng.dirichlet(np.full(62, 0.3), size=62).cumsum(axis=1)  # (62, 62), one row for each character
+    # Each row's inverse CDF as a table of 2^16 entries: a draw is one look-up, and a plain loop fast enough.
     levels = (np.arange(2**16) + 0.5) / 2**16
     successor = {int(a): letters[np.searchsorted(cdf, levels)].tobytes() for a, cdf in zip(letters, cdfs)}
-    copies = rng.integers(8, size=chars - 1, dtype=np.uint8)   # 0: no copy
+    copies = rng.integers(8, size=chars - 1, dtype=np.uint8)  # 0: no copy
     draws = rng.integers(2**16, size=chars - 1, dtype=np.uint16)
     text, triggers = bytearray(b"a"), set(TRIGGERS.encode())
     before = last = text[0]
@@ -347,219 +262,105 @@ def backcopy_text(chars, seed=0):
     return text.decode()
 
 
-def prepare_backcopy(root=DATA, chars=10_000_000, seed=0):
+def prepare_backcopy(chars=10_000_000, seed=0):
     """A task that needs attention at some tokens and none at all the others, which is when a sink forms."""
     chunks = encode(split_each([backcopy_text(chars, seed)]), "bytes", bos=False)
     source = f"{chars:,} characters, seed {seed}; after {TRIGGERS} a copy, seven times out of eight"
-    return write_set("backcopy", root, "bytes", source, chunks)
+    return write_set("backcopy", "bytes", source, chunks)
 
 
-# --- sets that are downloaded -------------------------------------------------------------------------------
-
-TRIES = 5   # each goes on where the one before broke off
-
-
-def download(url, path, problem):
-    """
-    Fetches `url` to `path`, unless it is there; problem(path) says what is wrong with a file, "" if nothing.
-
-    What has come so far is in `path`.part: the same command, started again, goes on from there.
-    """
-    if path.exists():
-        if wrong := problem(path):
-            raise ValueError(f"{path} {wrong}: delete it and run this command again")
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part, reason = path.with_name(path.name + ".part"), "the connection broke off"
-    for _ in range(TRIES):
-        try:
-            if fetch(url, part):
-                break
-        except (OSError, http.client.HTTPException) as error:
-            reason = getattr(error, "reason", None) or error
-            if getattr(error, "code", None) == 416:   # Nothing comes after what we have, yet it is not whole.
-                part.unlink()
-    else:
-        raise OSError(f"cannot download {url} ({reason}): try again later, or put that file at {path}")
-    if wrong := problem(part):
-        part.unlink()
-        raise ValueError(f"what {url} sent {wrong}: it was thrown away, try again or put that file at {path}")
-    os.replace(part, path)
-
-
-def fetch(url, part):
-    """One request for what `part` still lacks; True if all that the server promised has come."""
-    have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    with urllib.request.urlopen(request, timeout=60) as reply:
-        if reply.status != 206:
-            have = 0   # The server sends everything, whether we asked for a range or not.
-        elif not reply.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-            part.unlink()   # It sends another range: start again.
-            return False
-        total = None if reply.length is None else have + reply.length
-        bar = tqdm(desc=part.stem, initial=have, total=total, unit="B", unit_scale=True, disable=None)
-        with bar, open(part, "ab" if have else "wb") as file:
-            while chunk := reply.read(1 << 18):
-                bar.update(file.write(chunk))
-            return total is None or file.tell() == total
-
+# ---- sets that are downloaded ----------------------------------------------------------------------
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
-def prepare_shakespeare(root=DATA):
+def prepare_shakespeare():
     """Tiny Shakespeare in bytes, with nanoGPT's split: the last tenth is for validation."""
-    def problem(path):
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
-        return "" if found == SHAKESPEARE_SHA256 else f"has sha256 {found[:8]}, not {SHAKESPEARE_SHA256[:8]}"
-
-    path = Path(root, "shakespeare", "input.txt")
-    download(SHAKESPEARE_URL, path, problem)
+    path = DATA / "shakespeare" / "input.txt"
+    if not path.exists():
+        try:
+            with urllib.request.urlopen(SHAKESPEARE_URL, timeout=60) as reply, whole_file(path) as file:
+                file.write(reply.read())
+        except OSError as error:
+            raise OSError(f"cannot download {SHAKESPEARE_URL} ({error}): try again, or put it at {path}"
+                          ) from error
+    if hashlib.sha256(path.read_bytes()).hexdigest() != SHAKESPEARE_SHA256:
+        raise ValueError(f"{path} is not Tiny Shakespeare, by its sha256: delete it and try again")
     chunks = encode(split_each([read_text(path)], val_share=0.1), "bytes", bos=False)
-    return write_set("shakespeare", root, "bytes", SHAKESPEARE_URL, chunks)
+    return write_set("shakespeare", "bytes", SHAKESPEARE_URL, chunks)
 
 
-FINEWEB_URL = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main"
-SHARDS, SHARD_MAGIC = 103, 20240520
-SHARD_HEADER = 1024   # bytes: 256 int32, the magic number, version 1, the number of tokens, zeros
+FINEWEB = "kjj0/fineweb10B-gpt2"
+SHARDS = 103  # for training, 100 million tokens each
+SHARD_HEADER = 1024  # bytes in front of a shard's tokens
 
 
-def shard_problem(path):
-    """What is wrong with a shard, "" if nothing."""
-    header, size = np.fromfile(path, "<i4", count=256), path.stat().st_size
-    if len(header) < 256 or tuple(header[:2]) != (SHARD_MAGIC, 1) or header[2] < 1:
-        return "is no shard of GPT-2 tokens, by its header"
-    expected = SHARD_HEADER + 2 * int(header[2])
-    return "" if size == expected else f"has {size:,} bytes, not the {expected:,} of its header"
-
-
-def shard_tokens(paths):
-    """The tokens of several shards, 4 million at a time."""
-    for path in tqdm(paths, desc="joining", unit=" shards", leave=False, disable=None):
-        shard = np.memmap(path, "<u2", mode="r", offset=SHARD_HEADER)
-        yield from (shard[start:start + (1 << 22)] for start in range(0, len(shard), 1 << 22))
-
-
-def prepare_fineweb(root=DATA, shards=1):
-    """FineWeb, 100 million tokens a shard. The shards are kept, for the day you want more of them."""
+def prepare_fineweb(shards=1):
+    """FineWeb in GPT-2 tokens. The shards stay, for the day when you want more of them."""
     if not 1 <= shards <= SHARDS:
-        raise ValueError(f"--shards={shards} must be 1 to {SHARDS}, which is all there are")
-    files = {"train": [f"fineweb_train_{i:06d}.bin" for i in range(1, shards + 1)],
-             "val": ["fineweb_val_000000.bin"]}
-    folder = Path(root, "fineweb")
-    for file in files["val"] + files["train"]:
-        download(f"{FINEWEB_URL}/{file}", folder / file, shard_problem)
-    chunks = {split: shard_tokens([folder / file for file in files[split]]) for split in SPLITS}
-    return write_set("fineweb", root, "gpt2", f"{shards} of {SHARDS} shards of {FINEWEB_URL}", chunks)
+        raise ValueError(f"shards={shards} must be 1 to {SHARDS}, which is all there are")
+    try:
+        from huggingface_hub import hf_hub_download  # asked for only here; goes on with a broken download
+    except ImportError:
+        raise ValueError("fineweb needs a package: pip install huggingface_hub") from None
+
+    def tokens_of(files):  # about 4 million at a time
+        for file in files:
+            path = hf_hub_download(FINEWEB, file, repo_type="dataset", local_dir=DATA / "fineweb")
+            shard = np.memmap(path, "<u2", mode="r", offset=SHARD_HEADER)
+            yield from np.array_split(shard, max(1, len(shard) >> 22))
+
+    chunks = {"train": tokens_of(f"fineweb_train_{i:06d}.bin" for i in range(1, shards + 1)),
+              "val": tokens_of(["fineweb_val_000000.bin"])}
+    return write_set("fineweb", "gpt2", f"{shards} of {SHARDS} shards of {FINEWEB}", chunks)
 
 
 SETS = {"python": prepare_python, "backcopy": prepare_backcopy, "shakespeare": prepare_shakespeare,
         "fineweb": prepare_fineweb}
-OFFLINE = ("python", "backcopy")   # need no download, so train.py prepares them unasked
+OFFLINE = "python", "backcopy"  # need no download, so `load` makes them
 
 
-def prepare(name, root=DATA, **options):
-    """Makes the set of that name under `root` and returns its folder."""
-    if name not in SETS:
-        raise ValueError(f"{name!r} is not a set known by name: {', '.join(SETS)}")
-    return SETS[name](root=root, **options)
+# ---- your own files, and the command line ----------------------------------------------------------
 
 
-# --- your own text, the command line, and how a script ends -------------------------------------------------
-
-
-def prepare_files(paths, name=None, tokenizer="bpe2k", root=DATA):
-    """A set from text files and folders. Val is 5% of the files, or with few files the end of each."""
-    texts = {}
-    for path in map(Path, paths):
+def prepare_files(paths, name=None, tokenizer="bpe2k", overwrite=False):
+    """A set from text files and folders. Val is whole files where there are many, else the end of each."""
+    paths = [Path(path).expanduser().resolve() for path in paths]
+    for path in paths:
         if not path.exists():
             raise FileNotFoundError(f"{path} is neither a file or folder nor one of {', '.join(SETS)}")
-        found = read_folder(path.resolve()) if path.is_dir() else {path.resolve(): read_text(path)}
-        if not any(found.values()):
-            raise ValueError(f"{path} is empty: there is no text to prepare")
-        texts.update(found)
-    if tokenizer not in BOS and Path(tokenizer).is_dir():
-        tokenizer = str(Path(tokenizer).resolve())
-    source = ", ".join(str(Path(path).resolve()) for path in paths)
-    name = re.sub(r"[^\w.-]+", "-", Path(paths[0]).resolve().stem) if name is None else name
-    check_name(name, source, root)
-    splits = split_by_file(texts) if len(texts) >= MANY_FILES else split_each(texts.values())
-    return write_set(name, root, tokenizer, source, encode(splits, tokenizer))
-
-
-def check_name(name, source, root):
-    """The same files may be prepared again, but never in the place of anything else."""
-    if not re.fullmatch(NAME, name):
-        raise ValueError(f"--name={name} must be letters, digits and . _ - only, since it names a folder")
-    folder = Path(root, name)
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        same, whole = meta["source"] == source, meta == signed(meta)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        same = whole = False
-    of_a_set = {path.name for path in folder.glob("*")} <= {"train.bin", "val.bin", "meta.json"}   # or none
-    if name in SETS or not (same or (of_a_set and not whole)):
-        raise ValueError(f"the name {name} is taken by something else in {root}: choose another with --name")
+    name = name or re.sub(r"[^\w.-]+", "-", paths[0].stem).strip("-._") or "text"
+    if name in SETS or not re.fullmatch(r"\w[\w.-]*", name):
+        raise ValueError(f"--name={name} must be letters, digits and . _ - only, and not {', '.join(SETS)}")
+    if (DATA / name).exists() and not overwrite:
+        raise ValueError(f"{DATA / name} is there already: --overwrite replaces it, or choose another --name")
+    texts = read_texts(paths)
+    if (size := sum(map(len, texts.values()))) < 2000:
+        raise ValueError(f"{paths[0].name} and so on have {size:,} characters of text: give at least 2,000")
+    if marked := [path.name for path in texts if path.suffix in (".jsonl", ".json", ".csv", ".html", ".xml")]:
+        print(f"{marked[0]} is learned as it is, with all its markup", file=sys.stderr)
+    if Path(tokenizer).expanduser().is_dir():
+        tokenizer = str(Path(tokenizer).expanduser().resolve())
+    splits = (split_files(texts) if len(texts) >= MANY_FILES else None) or split_each(texts.values())
+    for split, found in splits.items():
+        print(f"{split:<6}{len(found):>7,} texts {sum(map(len, found)):>13,} characters")
+    return write_set(name, tokenizer, ", ".join(map(str, paths)), encode(splits, tokenizer))
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="prepare.py", allow_abbrev=False,
-                                     description=__doc__.partition("\nFrom top")[0],
-                                     usage="prepare.py NAME|FILES ... [--flag=value ...]",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, "prepare.py", usage="prepare.py NAME|FILES ... [--flag=value ...]")
     parser.add_argument("what", nargs="+", metavar="NAME|FILES", help="a set's name, or files and folders")
-    parser.add_argument("--name", help="FILES: what to call the set (default: after the first file)")
-    parser.add_argument("--tokenizer", help=f"FILES: {', '.join(BOS)}, or the folder of a released model "
-                                            "(default: bpe2k)")
-    parser.add_argument("--shards", type=int, help="fineweb: how many shards for training (default: 1)")
-    parser.add_argument("--root", type=Path, help="where to put it (default: data/, where train.py looks)")
-    options = {key: value for key, value in vars(parser.parse_args(argv)).items() if value is not None}
-    what = options.pop("what")
-    by_name = set(what) <= set(SETS)   # A set wins over a file of the same name.
-    own = ["root"] + (["name", "tokenizer"] if not by_name else ["shards"] if what == ["fineweb"] else [])
-    if wrong := [option for option in options if option not in own]:
-        raise ValueError(f"--{wrong[0]} does not go with {' '.join(what)}: it takes --{', --'.join(own)}")
-    if not by_name:
-        prepare_files(what, **options)
-    for name in what if by_name else ():
-        prepare(name, **options)
-
-
-def run_main(main):
-    """A script's main(), but what a user can mend ends in one sentence and status 2, without a traceback."""
-    name = os.path.basename(sys.argv[0])
-    first = os.environ.get("RANK", "0") == "0"   # of torchrun's processes
-
-    def end(status, text):
-        if not first:   # torchrun ends all processes when one does: let the first say it, and speak only
-            time.sleep(2)   # where it has nothing to say
-        print(text, file=sys.stderr)
-        sys.exit(status)
-
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
-    if hasattr(sys.stdout, "reconfigure"):   # a pipe or a terminal that can't show a character shows a ?
-        sys.stdout.reconfigure(errors="replace")
-    if "RANK" not in os.environ:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)   # a plain kill ends like Ctrl-C
-    try:
-        main()
-    except BrokenPipeError:   # whoever read our output has seen enough, as head does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except (ValueError, OSError, FloatingPointError) as error:
-        where, why = getattr(error, "filename", None), getattr(error, "strerror", None)
-        known = where and why
-        end(2, f"{name}: " + (f"{where} can't be used ({why}): name another place" if known else str(error)))
-    except (MemoryError, RuntimeError) as error:
-        full = "out of memory|allocate memory|(multiplication|calculation) overflow"   # in torch's words
-        if not isinstance(error, MemoryError) and not re.search(full, str(error)):
-            raise
-        end(2, f"{name}: the memory is full: try a smaller --batch_size (with more --grad_accum), "
-               "--block_size, --n_embd, or less text")
-    except KeyboardInterrupt as interrupt:
-        end(130, f"\n{name}: {str(interrupt) or 'interrupted'}") if first else sys.exit(130)
+    parser.add_argument("--name", help="FILES: what to call the set [after the first file]")
+    parser.add_argument("--tokenizer", default="bpe2k", help=f"FILES: {', '.join(BOS)}, or the folder of a "
+                        "released model [%(default)s]")
+    parser.add_argument("--overwrite", action="store_true", help="FILES: replace the set of that name")
+    parser.add_argument("--shards", type=int, default=1, help=f"fineweb: how many, of {SHARDS} [%(default)s]")
+    flags = parser.parse_args(argv)
+    if not set(flags.what) <= set(SETS):
+        prepare_files(flags.what, flags.name, flags.tokenizer, flags.overwrite)
+    for name in flags.what if set(flags.what) <= set(SETS) else ():  # a set wins over a file of that name
+        SETS[name](**({"shards": flags.shards} if name == "fineweb" else {}))
 
 
 if __name__ == "__main__":

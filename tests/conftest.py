@@ -1,40 +1,82 @@
-"""What the tests of train.py and sample.py share: small data sets, and an empty folder to work in."""
+"""What the tests share: two small data sets, an empty folder to work in, a tiny run, and a refusal."""
 import contextlib
 import io
-import shutil
+import shlex
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
+import train
 from data import prepare
+from plumbing.flags import run_main
 
 torch.set_num_threads(1)  # the models are so small that a second thread only gets in the way
 
+ROOT = Path(__file__).resolve().parents[1]
 TEXT = "Speak the speech, I pray you: naïve, 東京, 🙂.\n" * 100
+TINY = dict(data="tiny", block_size=8, n_layer=1, n_head=2, n_embd=16, batch_size=4, max_steps=6,
+            eval_every=3, eval_windows=5, warmup_steps=2, learning_rate=1e-2, device="cpu", threads=1)
+
+
+def quiet(text):
+    """A `say` for train.train that says nothing."""
+
+
+def configs(**fields):
+    """(GPTConfig, TrainConfig) of a tiny run."""
+    return train.make_configs(TINY | fields)
+
+
+def fit(**fields):
+    """The log of a tiny run."""
+    return train.train(*configs(**fields), say=quiet)[1]
+
+
+def flags(**fields):
+    """A tiny run's flags for the command line."""
+    return [f"--{name}={value}" for name, value in (TINY | fields).items()]
+
+
+def status_of(main, argv):
+    """(exit status, what was printed, what was printed to stderr) of a script's main with these flags."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    argv = shlex.split(argv) if isinstance(argv, str) else list(map(str, argv))
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            run_main(partial(main, argv))
+        except SystemExit as end:
+            status = end.code or 0
+    return status, out.getvalue(), err.getvalue()
+
+
+def refusal(main, argv):
+    """The one sentence with which a script refuses these flags, with status 2 and without a traceback."""
+    status, _, err = status_of(main, argv)
+    sentence = err.strip().splitlines()[-1]
+    assert status == 2 and "Traceback" not in err, (status, err)
+    return sentence
 
 
 @pytest.fixture(scope="session")
 def data_root(tmp_path_factory):
     """A folder with two small sets of the same text: `tiny` in bytes, `words` in the shipped BPE."""
     root = tmp_path_factory.mktemp("data")
-    shutil.copy(prepare.DATA / "bpe2k.tiktoken", root)
     (root / "text.txt").write_text(TEXT, encoding="utf-8")
-    with contextlib.redirect_stdout(io.StringIO()):
-        prepare.prepare_files([root / "text.txt"], "tiny", "bytes", root)
-        prepare.prepare_files([root / "text.txt"], "words", "bpe2k", root)
+    with contextlib.redirect_stdout(io.StringIO()), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "DATA", root)
+        prepare.prepare_files([root / "text.txt"], "tiny", "bytes")
+        prepare.prepare_files([root / "text.txt"], "words", "bpe2k")
     return root
 
 
 @pytest.fixture
 def use_data(monkeypatch):
-    """use_data(root): from here on, data sets are looked for and made in that folder."""
-    load, prepare_one = prepare.load, prepare.prepare
-
+    """use_data(root): from here on, data sets live in that folder, for this process and its children."""
     def use(root):
-        monkeypatch.setattr(prepare, "DATA", root)
-        monkeypatch.setattr(prepare, "load", partial(load, root=root))
-        monkeypatch.setattr(prepare, "prepare", partial(prepare_one, root=root))
+        monkeypatch.setattr(prepare, "DATA", Path(root))
+        monkeypatch.setenv("GATED_GPT_DATA", str(root))
 
     return use
 
@@ -45,13 +87,3 @@ def here(tmp_path, monkeypatch, data_root, use_data):
     monkeypatch.chdir(tmp_path)
     use_data(data_root)
     return tmp_path
-
-
-def pytest_addoption(parser):
-    parser.addoption("--long", action="store_true", help="abuse tests at their full length, half an hour")
-
-
-@pytest.fixture
-def long(request):
-    """Whether the tests of test_abuse.py run at their full length."""
-    return request.config.getoption("--long")

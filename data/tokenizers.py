@@ -1,0 +1,113 @@
+"""From text to tokens and back: three tiktoken encodings, and the tokenizers of released models."""
+import base64
+import codecs
+import json
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+BOS = {"bpe2k": 2047, "bytes": 256, "gpt2": 50256}  # the last id: the token before each text and each window
+# BPE never merges across these: words with the space before them, up to three digits, signs, white space.
+SPLIT_PATTERN = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+@cache
+def get_tokenizer(name):
+    """The tokenizer of that name: bpe2k (made by make_bpe2k.py), bytes, gpt2, or a released model's folder.
+
+    Raises ValueError if there is none of that name, and OSError if gpt2 cannot be downloaded.
+    """
+    if name == "bytes":
+        return encoding_of(name, r"(?s:.)", {bytes([b]): b for b in range(256)})
+    if name == "bpe2k":
+        lines = Path(__file__).with_name("bpe2k.tiktoken").read_text().splitlines()
+        return encoding_of(name, SPLIT_PATTERN, {base64.b64decode(token): int(rank)
+                                                 for token, rank in map(str.split, lines)})
+    if name == "gpt2":
+        try:
+            return tiktoken.get_encoding("gpt2")
+        except OSError as error:
+            raise OSError("tokenizer gpt2 needs the network once, to download its vocabulary: try again, or "
+                          "use bpe2k or bytes") from error
+    if Path(name).is_dir():
+        return FolderTokenizer(name)
+    raise ValueError(f"tokenizer {name} is not one of {', '.join(BOS)}, nor a folder that is there")
+
+
+def encoding_of(name, pattern, ranks):
+    """The tiktoken.Encoding of these tokens, {bytes: id}, with BOS as the last one."""
+    special = {"<|bos|>": BOS[name]}
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+
+
+def byte_letters():
+    """{letter: byte} of byte-level BPE, which writes unprintable bytes as letters from U+0100 on."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+class FolderTokenizer:
+    """A released model's tokenizer.json, read by the `tokenizers` package, with the methods of tiktoken."""
+
+    def __init__(self, folder):
+        try:
+            from tokenizers import Tokenizer  # asked for only here
+        except ImportError:
+            raise ValueError(f"the tokenizer in {folder} needs a package: pip install tokenizers") from None
+        path = Path(folder, "tokenizer.json")
+        try:
+            self.tokenizer = Tokenizer.from_file(str(path))
+            self.special = {t.content: i for i, t in self.tokenizer.get_added_tokens_decoder().items()}
+        except Exception as error:  # what the package raises is no class of its own
+            raise ValueError(f"{path} is no tokenizer that can be read ({str(error)[:100]})") from None
+        self.tokenizer.encode_special_tokens = True  # a text that says <|endoftext|> means these letters
+        self.n_vocab = max(self.tokenizer.get_vocab().values()) + 1
+
+    def encode_ordinary(self, text):
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode_single_token_bytes(self, token):
+        text, letters = self.tokenizer.id_to_token(token) or "", byte_letters()
+        return bytes(letters[c] for c in text) if letters.keys() >= set(text) else text.encode()
+
+
+def bos_id(name):
+    """The id of the token that a text starts with. A released model's config.json names it."""
+    if name in BOS:
+        return BOS[name]
+    special, config = get_tokenizer(name).special, Path(name, "config.json")
+    asked = json.loads(config.read_bytes()) if config.exists() else {}
+    for token in (asked.get("bos_token_id"), asked.get("eos_token_id"), special.get("<|endoftext|>")):
+        if token in special.values():
+            return token
+    raise ValueError(f"{config} names no bos_token_id or eos_token_id that the tokenizer has: add one")
+
+
+@cache
+def token_bytes(name):
+    """(vocab_size,): how many bytes of text each token stands for, BOS for none. For bits per byte."""
+    tokenizer = get_tokenizer(name)
+    special = {*tokenizer.special.values()} if name not in BOS else {BOS[name]}
+    return np.array([0 if token in special else len(bytes_of(token, tokenizer))
+                     for token in range(tokenizer.n_vocab)])
+
+
+def bytes_of(token, tokenizer):
+    """The bytes of one token; none for a number without a token (a model's vocabulary may be rounded up)."""
+    try:
+        return tokenizer.decode_single_token_bytes(token)
+    except KeyError:
+        return b""
+
+
+class TextOut:
+    """From tokens to text, one by one: `add` returns the whole UTF-8 characters that have become known."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.decoder = tokenizer, codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, token):
+        return self.decoder.decode(bytes_of(token, self.tokenizer))

@@ -1,0 +1,86 @@
+"""Checkpoints: writing, reading and finding them. Code that somebody has put into one is never run."""
+import zipfile
+from itertools import count
+from pathlib import Path
+
+import torch
+
+from gated_gpt import GPT, GPTConfig
+from plumbing.files import whole_file
+from plumbing.report import variant
+
+FORMAT = "gated_gpt 2"
+FILES = "last.pt", "best.pt", "log.csv"  # what a run leaves in its folder
+
+
+def save(path, content):
+    """Write a dict of tensors and plain values to one file. Raises OSError when it cannot be written."""
+    with whole_file(path) as file:
+        torch.save({"format": FORMAT} | content, file)
+
+
+def load(path):
+    """(model, content) of a checkpoint, on the CPU.
+
+    Raises ValueError if it is missing, damaged (it is a zip archive, which has checksums) or something else.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"there is no checkpoint {path}: python train.py makes one")
+    try:
+        with open(path, "rb") as file:
+            if zipfile.ZipFile(file).testzip():
+                raise ValueError("a checksum is wrong")
+            file.seek(0)
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        if content["format"] != FORMAT:
+            raise ValueError(f"its format is {content['format']}, this version reads {FORMAT}")
+        model = GPT(GPTConfig(**content["config"]))
+        model.load_state_dict(content["model"])
+    except PermissionError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror})") from None
+    except Exception as error:  # torch raises whatever the bytes lead it to
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} is damaged, or no checkpoint of this version ({reason})") from None
+    return model, content
+
+
+def new_folder(out, name, overwrite):
+    """Make the folder of a new run: `out`, or the first of out/name, out/name-2, ... that is free."""
+    if out is None:
+        for i in count(1):
+            folder = Path(f"out/{name}" + (f"-{i}" if i > 1 else ""))
+            try:
+                folder.mkdir(parents=True)  # of several runs that start at once, only one can make it
+                return folder
+            except FileExistsError:
+                pass
+    folder = Path(out)
+    for file in [folder / file for file in FILES if (folder / file).exists()]:
+        if not overwrite:
+            raise ValueError(f"{folder} holds a run: --resume goes on with it, --overwrite replaces it")
+        file.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def newest_run(root="out"):
+    """Folder of the run in `root` whose checkpoint was written last. ValueError if there is none."""
+    files = [*Path(root).glob("*/last.pt"), *Path(root).glob("*/best.pt")]
+    if not files:
+        raise ValueError(f"there is no run with a checkpoint in {root}/: python train.py makes one")
+    return max(files, key=lambda file: file.stat().st_mtime).parent
+
+
+def open_model(path):
+    """(model, name of its tokenizer, what it is) from a checkpoint, or from the folder of a run or a released
+    model, on the CPU.
+    """
+    path = Path(path)
+    if (path / "config.json").exists():
+        from plumbing.released import load_released  # here, because only released models need safetensors
+        model = load_released(path)
+        return model, str(path.resolve()), f"{path}: gate {variant(model.config)}, a released model"
+    path = path / "best.pt" if path.is_dir() else path
+    model, saved = load(path)
+    gate, step, data = variant(model.config), saved["step"], saved["train_config"]["data"]
+    return model, saved["tokenizer"], f"{path}: gate {gate}, step {step}, data {data}"

@@ -1,0 +1,29 @@
+"""A file is the old one or the new one, never half of one."""
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def whole_file(path):
+    """A binary file to write to. It takes the place of `path` when it is complete and on disk.
+
+    Raises OSError when it cannot be written, for example because the disk is full. What was at `path` is then
+    untouched.
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch turns an OSError into a RuntimeError
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(f"cannot write {path} ({cause.strerror}): what was there is untouched") from error
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,75 @@
+"""The command line: a flag for each field of a dataclass, and how every script ends."""
+import argparse
+import dataclasses
+import inspect
+import os
+import re
+import signal
+import sys
+from typing import Literal, get_args, get_origin
+
+
+def fields_of(cls):
+    """[(group, field, help)]: the group is the `# --- title ---` above a field, the help is its comment."""
+    group, rows, fields = cls.__name__, [], {f.name: f for f in dataclasses.fields(cls)}
+    for text in inspect.getsource(cls).splitlines():
+        if title := re.match(r"    # --- (.+) ---$", text):
+            group = title[1]
+        elif (match := re.match(r"    (\w+): .+?  # (.+)$", text)) and match[1] in fields:
+            rows.append((group, fields[match[1]], match[2]))
+    return rows
+
+
+def add_flags(parser, *configs, skip=()):
+    """Add a flag for every field of these dataclasses, in groups. One that is not given leaves no trace."""
+    groups = {}
+    for title, f, comment in (row for cls in configs for row in fields_of(cls) if row[1].name not in skip):
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        kind = next(t for t in (*get_args(f.type), f.type) if t is not type(None))  # int | None: int
+        if get_origin(f.type) is Literal:
+            options = {"choices": get_args(f.type)}
+        elif kind is bool:
+            options = {"action": argparse.BooleanOptionalAction}
+        else:
+            options = {"type": kind, "metavar": {int: "N", float: "X", str: "NAME"}[kind]}
+        default = ("off", "on")[f.default] if type(f.default) is bool else f.default
+        shown = comment if default is None else f"{comment} [{default}]"
+        groups[title].add_argument(f"--{f.name}", help=shown, default=argparse.SUPPRESS, **options)
+
+
+def parser_of(doc, name, **options):
+    """An ArgumentParser that shows a script's docstring as it is, and takes no shortened flags."""
+    shown = (doc or "").partition("\nReading order")[0]  # python -OO drops docstrings
+    return argparse.ArgumentParser(
+        prog=name, description=shown, allow_abbrev=False, **options,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30))
+
+
+FULL_MEMORY = "out of memory|allocate memory|(multiplication|calculation) overflow"  # in torch's words
+
+
+def run_main(main):
+    """Run a script's main(). A mistake that the user can fix ends in one sentence and status 2."""
+    def end(status, text):
+        print(f"{name}: {text}", file=sys.stderr)
+        sys.exit(status)
+
+    name = os.path.basename(sys.argv[0])
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows ? instead
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a plain kill ends like Ctrl-C
+    try:
+        main()
+    except BrokenPipeError:  # the reader of our output has seen enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except (ValueError, OSError, FloatingPointError) as error:
+        where = getattr(error, "filename", None)  # of an error of the system, which has no sentence
+        end(2, f"{where} cannot be used ({error.strerror})" if where and error.strerror else error)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search(FULL_MEMORY, str(error)):
+            raise
+        end(2, "the memory is full: try a smaller --batch_size, --block_size or --n_embd")
+    except KeyboardInterrupt as interrupt:
+        end(130, str(interrupt) or "interrupted")

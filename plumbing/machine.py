@@ -1,0 +1,154 @@
+"""The machine: device, threads, precision, torch.compile, several processes, and Ctrl-C."""
+import os
+import signal
+import sys
+import threading
+import time
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+
+def choose_device(name):
+    """(device, reason). ValueError if there is no such device."""
+    why = "as asked"
+    if name == "auto" and torch.cuda.is_available():
+        name, why = "cuda", torch.cuda.get_device_name()
+    elif name == "auto" and torch.backends.mps.is_available():
+        name, why = "mps", "no CUDA here, but an Apple GPU"
+    elif name == "auto":
+        name, why = "cpu", "neither CUDA nor an Apple GPU here"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # set by torchrun: the GPU of this process
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        if torch.device(name).type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("it is none of cpu, cuda, mps")
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0][:100]
+        raise ValueError(f"device={name} cannot be used here ({reason}): try --device=cpu") from None
+    return torch.device(name), why
+
+
+def choose_threads(threads):
+    """(number of CPU threads, reason): as asked, else one for each core that is idle now.
+
+    Two runs with two threads each on two cores are many times slower than two runs with one thread each,
+    because the threads of each wait for those of the other. Linux tells which cores are idle.
+    """
+    cores = torch.get_num_threads()
+    if threads or "OMP_NUM_THREADS" in os.environ:
+        return threads or cores, "as asked"
+    if (quota := cpu_quota()) and quota < cores:
+        return quota, "all that this container may use"
+    if not os.path.exists("/proc/stat"):
+        return cores, "torch's choice"
+    idle = idle_cores()
+    return max(1, min(cores, round(idle))), f"{idle:.1f} cores are idle"
+
+
+def idle_cores(seconds=0.1):
+    """How many cores did nothing, on average, during a short wait."""
+    def clock():
+        ticks = [int(word) for word in Path("/proc/stat").read_text().split("\n")[0].split()[1:]]
+        return ticks[3], sum(ticks)  # idle, all
+
+    idle, total = clock()
+    time.sleep(seconds)
+    idle_after, total_after = clock()
+    return os.cpu_count() * (idle_after - idle) / max(1, total_after - total)
+
+
+def cpu_quota(path="/sys/fs/cgroup/cpu.max"):
+    """How many cores a container may keep busy; None if there is no limit."""
+    try:
+        quota, period = Path(path).read_text().split()
+        return max(1, int(quota) // int(period))
+    except (OSError, ValueError):  # no such file, or "max"
+        return None
+
+
+def choose_precision(name, device):
+    """(context for the forward, what was chosen and why)"""
+    why = "as asked"
+    if name == "auto":
+        name, why = "float32", f"the default on {device.type}"
+        if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+            name, why = "bfloat16", "autocast; weights stay float32"
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
+    context = torch.autocast(device.type, torch.bfloat16) if name == "bfloat16" else nullcontext()
+    return context, f"{name} ({why})"
+
+
+def try_compile(model, batch, precision):
+    """(the compiled model, or the original one if compiling fails, what happened)"""
+    try:
+        compiled = torch.compile(model)
+        with precision:
+            compiled(*batch)[1].backward()
+            with torch.no_grad():  # evaluation is another graph
+                compiled.eval()(*batch)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a missing C++ compiler, or Triton: training works without
+        reason = " ".join(str(error).split())[:200]
+        return model, f"off: torch.compile failed with {type(error).__name__}: {reason}"
+    finally:
+        model.train().zero_grad()
+    return compiled, "on"
+
+
+# ---- several processes, started by torchrun --------------------------------------------------------
+
+
+def is_first():
+    """Whether this is the process that speaks and saves."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def processes(device):
+    """(rank, number of processes): joins the processes that torchrun has started, if it has."""
+    if "RANK" not in os.environ:
+        yield 0, 1
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    yield dist.get_rank(), dist.get_world_size()
+    dist.destroy_process_group()
+
+
+def mean_over_processes(value):
+    """The mean of a one-number tensor over all processes, as a float."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
+        value = value / dist.get_world_size()
+    return value.item()
+
+
+@contextmanager
+def ctrl_c():
+    """A list. Ctrl-C, or a plain kill, adds to it, so that the loop can end after the step under way.
+
+    A second Ctrl-C does not wait. Under torchrun, and outside the main thread, the list stays empty.
+    """
+    pressed, before = [], {}
+
+    def press(number, frame):
+        pressed.append(number)
+        signal.signal(number, before[number])
+        print("\nstopping after this step, and saving; Ctrl-C again stops now", file=sys.stderr)
+
+    if not dist.is_initialized() and threading.current_thread() is threading.main_thread():
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in before:
+            signal.signal(number, press)
+    try:
+        yield pressed
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,149 @@
+"""
+The authors' released models, in and out: load_released, save_released.
+
+A folder of theirs holds config.json, tokenizer.json and model.safetensors, or several *.safetensors. All is
+named as in Hugging Face's Qwen3. Two things differ from ours: the names of the tensors, and that their q_proj
+makes queries and gates at once. Such a model has no BOS: a text starts with the prompt. The layout has no
+place for a BOS either, so a model of ours, once exported, shows no sink on it: measure its checkpoint.
+"""
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+
+from gated_gpt import GPT, GPTConfig, rope_table
+from plumbing.files import whole_file
+from plumbing.report import variant
+
+KEYS = {  # our field: their key in config.json
+    "vocab_size": "vocab_size", "block_size": "max_position_embeddings", "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size",
+    "head_dim": "head_dim", "mlp_hidden": "intermediate_size", "rope_base": "rope_theta",
+    "qk_norm": "use_qk_norm", "norm_eps": "rms_norm_eps", "tie_embeddings": "tie_word_embeddings"}
+FIXED = {"model_type": "qwen3", "hidden_act": "silu", "use_sliding_window": False, "rope_scaling": None,
+         "partial_rotary_factor": 1.0, "quantization_config": None}  # must be so, or absent
+GATES = {"none": (False, False), "g1": (False, True), "g1-headwise": (True, False)}
+GATE_KEYS = "headwise_attn_output_gate", "elementwise_attn_output_gate"
+PARTS = {  # a part of our parameters' names: theirs, where it differs
+    "embed": "model.embed_tokens", "blocks": "model.layers", "attn_norm": "input_layernorm",
+    "attn": "self_attn", "mlp_norm": "post_attention_layernorm", "norm": "model.norm"}
+
+
+def their_name(name):
+    """blocks.0.attn_norm.weight -> model.layers.0.input_layernorm.weight"""
+    return ".".join(PARTS.get(part, part) for part in name.split("."))
+
+
+def join_queries(queries, gates, nkv):
+    """The fused q_proj: for each of the nkv key/value heads the rows of its queries, then of their gates."""
+    return torch.cat([w.unflatten(0, (nkv, -1)) for w in (queries, gates)], dim=1).flatten(0, 1)
+
+
+def split_queries(fused, nkv, rows):
+    """The way back: (`rows` rows of queries, the rows of their gates)."""
+    groups = fused.unflatten(0, (nkv, -1))  # (nkv, rows that belong to one key/value head, C)
+    return groups[:, : rows // nkv].flatten(0, 1), groups[:, rows // nkv :].flatten(0, 1)
+
+
+def safetensors():
+    try:
+        import safetensors.torch  # asked for only here
+        return safetensors.torch
+    except ImportError:
+        raise ValueError("the files of released models need a package: pip install safetensors") from None
+
+
+def config_of(folder):
+    """The GPTConfig of a folder. ValueError names what config.json lacks, or asks for and cannot have."""
+    path = Path(folder, "config.json")
+    try:
+        asked = {"use_qk_norm": True, **dict.fromkeys(GATE_KEYS, False), **json.loads(path.read_bytes())}
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): get it again") from None
+    wrong = [f"{key}={asked[key]!r}" for key, only in FIXED.items() if asked.get(key) not in (only, None)]
+    wrong += [f"no {key}" for key in KEYS.values() if key not in asked]
+    wrong += [f"{kind} layers" for kind in {*(asked.get("layer_types") or ())} if kind != "full_attention"]
+    gate = [name for name, flags in GATES.items() if flags == tuple(asked[key] for key in GATE_KEYS)]
+    wrong += [] if gate else [f"{key}={asked[key]!r}" for key in GATE_KEYS]
+    try:
+        if wrong:
+            raise ValueError(", ".join(wrong))
+        gate, _, kind = gate[0].partition("-")
+        return GPTConfig(**{name: asked[key] for name, key in KEYS.items()}, gate=gate,
+                         gate_kind=kind or "elementwise")
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} describes a model that gated_gpt.py cannot make: {error}") from None
+
+
+def tensors_of(folder):
+    """{their name: tensor} of all *.safetensors in a folder; mapped from disk, not read."""
+    tensors, paths = {}, sorted(Path(folder).glob("*.safetensors"))
+    if not paths:
+        raise ValueError(f"{folder} holds no weights (*.safetensors): get them, too")
+    for path in paths:
+        try:
+            tensors |= safetensors().load_file(path)
+        except Exception as error:  # safetensors raises what the bytes lead it to
+            raise ValueError(f"{path} cannot be read ({error}): get it again") from None
+    return tensors
+
+
+def load_released(folder, block_size=None):
+    """The model in a folder, on the CPU, in the precision of its files.
+
+    block_size: a window other than max_position_embeddings. ValueError if config and weights do not fit.
+    """
+    config, tensors = config_of(folder), tensors_of(folder)
+    config = dataclasses.replace(config, block_size=block_size or config.block_size)
+    with torch.device("meta"):  # names and shapes, but no numbers: drawing those would take seconds
+        model = GPT(config)
+    weights, missing = {}, []
+    for name, _ in model.named_parameters():
+        if ".attn.gate." in name:  # a gate comes with its queries
+            continue
+        if their_name(name) not in tensors:
+            missing.append(their_name(name))
+            continue
+        weights[name] = tensors.pop(their_name(name)).clone()  # the files may be replaced afterwards
+        if name.endswith("q_proj.weight") and config.gate != "none":
+            weights[name], weights[name.replace("q_proj", "gate.gate_proj")] = split_queries(
+                weights[name], config.n_kv_head, config.n_head * config.head_dim)
+    if config.tie_embeddings and weights:
+        tensors.pop("lm_head.weight", None)  # some write a tied head, too
+        weights["lm_head.weight"] = weights.get("embed.weight")
+    try:
+        if missing or tensors:
+            raise RuntimeError(f"missing {missing[:4]}, without a place {sorted(tensors)[:4]}")
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:500]
+        raise ValueError(f"{folder}: the weights do not fit config.json ({reason})") from None
+    if config.tie_embeddings:
+        model.lm_head.weight = model.embed.weight
+    model.cos, model.sin = rope_table(config)
+    return model
+
+
+def save_released(model, folder):
+    """Write config.json and model.safetensors, as load_released and the authors' code read them.
+
+    Raises ValueError for a model that the layout cannot describe, OSError when it cannot be written.
+    """
+    c, gate, own = model.config, variant(model.config), dict(model.named_parameters())
+    if gate not in GATES:
+        raise ValueError(f"the released layout has no {gate}, only {', '.join(GATES)}: keep the checkpoint")
+    tensors = {}
+    for name, p in own.items():
+        if ".attn.gate." not in name:
+            scores = own.get(name.replace("q_proj", "gate.gate_proj")) if "q_proj" in name else None
+            p = p if scores is None else join_queries(p, scores, c.n_kv_head)
+            tensors[their_name(name)] = p.detach().cpu().contiguous()
+    says = {key: only for key, only in FIXED.items() if only is not None}
+    says |= {key: getattr(c, name) for name, key in KEYS.items()}
+    says |= dict(zip(GATE_KEYS, GATES[gate]), architectures=["Qwen3ForCausalLM"], qkv_bias=False,
+                 attention_bias=False, torch_dtype=str(model.embed.weight.dtype).removeprefix("torch."))
+    with whole_file(Path(folder, "model.safetensors")) as file:
+        file.write(safetensors().save(tensors, metadata={"format": "pt"}))
+    with whole_file(Path(folder, "config.json")) as file:
+        file.write(json.dumps(says, indent=2).encode())
