@@ -25,7 +25,7 @@ BLOCKS = 64  # of --text, at most
 
 
 def parse_flags(argv=None):
-    parser = parser_of(__doc__, "sample.py", usage="sample.py [--flag=value ...]")
+    parser = parser_of(__doc__, "sample.py", "[--flag=value ...]")
     parser.add_argument("--ckpt", help="what to sample from [the newest run in out/]")
     parser.add_argument("--prompt", default="", help="text to continue; -: from standard input [none]")
     parser.add_argument("--tokens", type=int, default=256, help="tokens to add [%(default)s]")

@@ -16,7 +16,6 @@ Reading order: TrainConfig -> PRESETS -> Windows -> make_optimizers -> train_ste
 import dataclasses
 import math
 import shlex
-import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,19 +29,9 @@ from tqdm import tqdm
 from data import prepare
 from data.tokenizers import TextOut, get_tokenizer
 from gated_gpt import GPT, GPTConfig, check_fields, measure, uniform_share
-from plumbing import checkpoint
+from plumbing import checkpoint, machine
 from plumbing.flags import add_flags, parser_of, run_main
-from plumbing.machine import (
-    choose_device,
-    choose_precision,
-    choose_threads,
-    ctrl_c,
-    is_first,
-    mean_over_processes,
-    processes,
-    try_compile,
-)
-from plumbing.report import columns_of, heading, layer_table, line, variant, write_log
+from plumbing.report import columns_of, describe, heading, layer_table, line, variant, write_log
 
 
 @dataclass
@@ -144,11 +133,51 @@ class Windows:
         return np.linspace(0, len(self.windows) - 1, count).astype(np.int64)
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum, with each update made orthogonal (Jordan 2024). For weight matrices only.
+
+    An update's root mean square is about that of AdamW's (arXiv 2502.16982), so both share a learning rate.
+    """
+
+    def __init__(self, params, lr, weight_decay, momentum=0.95):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            stacks = {}  # matrices of one shape go through the iteration together
+            for p in group["params"]:
+                mean = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                mean.lerp_(p.grad, 1 - group["momentum"])
+                update = p.grad.lerp(mean, group["momentum"])  # Nesterov: look one step ahead
+                wide = (p, update) if p.size(0) <= p.size(1) else (p.mT, update.mT)
+                stacks.setdefault(wide[0].shape, []).append(wide)
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+            for (_, longest), pairs in stacks.items():
+                updates = orthogonal(torch.stack([update for _, update in pairs]))
+                for (p, _), update in zip(pairs, updates):
+                    p.sub_(update, alpha=0.2 * math.sqrt(longest) * group["lr"])
+
+
+def orthogonal(x):
+    """Matrices x (N, rows, columns), rows <= columns: singular vectors stay, singular values become about 1.
+
+    a x + b (x x^T) x + c (x x^T)^2 x replaces each singular value s by a s + b s^3 + c s^5. Five times that,
+    and every s from 0.001 to 1 is at 0.7 to 1.2: rare directions are learned as fast as frequent ones.
+    """
+    x = x.to(torch.bfloat16 if machine.has_bfloat16(x.device) else torch.float32)
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # no s is above 1
+    for _ in range(5):
+        xxt = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(xxt, xxt, xxt, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.float()
+
+
 def make_optimizers(model, c):
     """A list of optimizers that share one learning rate. Each parameter is in exactly one group.
 
-    Matrices decay; vectors (norms, constant gates) do not. Muon (Jordan 2024) takes the matrices inside the
-    blocks, with steps as large as AdamW's. The embedding and the head stay with AdamW.
+    Matrices decay; vectors (norms, constant gates) do not. Muon takes the matrices inside the blocks, while
+    the embedding and the head stay with AdamW.
     """
     muon, decay, rest = [], [], []
     for name, p in model.named_parameters():
@@ -161,8 +190,7 @@ def make_optimizers(model, c):
     groups = [{"params": decay, "weight_decay": c.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     optimizers = [torch.optim.AdamW(groups, lr=c.learning_rate, betas=(c.beta1, c.beta2), fused=True)]
     if muon:
-        optimizers.append(torch.optim.Muon(muon, lr=c.learning_rate, weight_decay=c.weight_decay,
-                                           adjust_lr_fn="match_rms_adamw"))
+        optimizers.append(Muon(muon, c.learning_rate, c.weight_decay))
     return optimizers
 
 
@@ -206,32 +234,30 @@ def train(config, c, say=tqdm.write):
     Raises ValueError for what cannot be, FloatingPointError when a loss is not finite, and KeyboardInterrupt
     after Ctrl-C, when all is saved. Under torchrun, each process trains on its part of a step's windows.
     """
-    threads, why_threads = choose_threads(c.threads)
+    threads, why_threads = machine.choose_threads(c.threads)
     c = dataclasses.replace(c, threads=threads)  # saved with the run: a resumed run computes the same digits
     torch.set_num_threads(threads)
-    device, why_device = choose_device(c.device)
-    precision, why_precision = choose_precision(c.dtype, device)
-    with processes(device) as (rank, ranks):
+    device, why_device = machine.choose_device(c.device)
+    precision, why_precision = machine.choose_precision(c.dtype, device)
+    with machine.processes(device) as (rank, ranks):
         say = say if rank == 0 else lambda text: None
         config, meta, train_set, val_set = open_data(config, c, device, ranks)
         model, optimizers, state = (resume if c.resume else start)(config, c, meta, device)
         if rank == 0 and not c.resume:
             out = checkpoint.new_folder(c.out, f"{c.data}-{variant(config)}", c.overwrite)
             c = dataclasses.replace(c, out=str(out))
-        fast, compiled = model, "off (on by default with CUDA only)"
-        if c.compile or (c.compile is None and device.type == "cuda"):
-            fast, compiled = try_compile(model, train_set.of_step(0, c, rank, ranks)[0], precision)
+        batch = train_set.of_step(0, c, rank, ranks)[0]
+        fast, compiled = machine.try_compile(model, batch, precision, c.compile)
         parallel = DistributedDataParallel(fast) if ranks > 1 else fast
-        describe(say, model, c, meta, state, dtype=why_precision, compile=compiled,
-                 threads=f"{threads} ({why_threads})", device=f"{device} ({why_device})"
-                 + (f", {ranks} processes" if ranks > 1 else ""))
+        processors = f"{device} ({why_device})" + (f", {ranks} processes" if ranks > 1 else "")
+        describe(say, model, c, meta, processors, f"{threads} ({why_threads})", why_precision, compiled)
         columns = columns_of(config, c.attn_share)
-        say("\n" + heading(columns))
+        say(heading(columns))
 
         losses, began = [], time.perf_counter()  # losses stay on the device: to read one means to wait for it
         bar = tqdm(total=c.max_steps, initial=state["step"], unit="step", leave=False,
                    disable=None if say is tqdm.write else True)  # None: a bar if this is a terminal
-        with bar, ctrl_c() as stop:  # stop: a list, empty until somebody presses Ctrl-C
+        with bar, machine.ctrl_c() as stop:  # stop: a list, empty until somebody presses Ctrl-C
             while state["step"] < c.max_steps and not stop:
                 model.train()
                 torch.manual_seed(hash((c.seed, state["step"], rank)))  # of dropout
@@ -242,13 +268,15 @@ def train(config, c, say=tqdm.write):
                 bar.update()
 
                 if state["step"] % c.eval_every == 0 or state["step"] == c.max_steps or stop:
-                    train_loss = mean_over_processes(torch.stack(losses).mean())
+                    train_loss = machine.mean_over_processes(torch.stack(losses).mean())
                     seconds = time.perf_counter() - began
                     tokens = len(losses) * c.windows_per_step * config.block_size
                     row = {"step": state["step"], "train_loss": train_loss,
                            "tokens_per_second": tokens / seconds, "seconds": state["seconds"] + seconds}
                     row |= evaluate(model, fast, val_set, meta["val"], c, precision)
-                    check_finite(row, rate)
+                    if not math.isfinite(train_loss + row["val_loss"]):
+                        raise FloatingPointError(f"the loss at step {state['step']} is not finite: try a "
+                                                 "smaller --learning_rate; what was saved before stays")
                     state["seconds"] = row["seconds"]
                     state["log"].append(row)
                     if rank == 0:
@@ -346,27 +374,6 @@ def evaluate(model, fast, val_set, val_meta, c, precision):
     return row
 
 
-def check_finite(row, rate):
-    if not math.isfinite(row["train_loss"] + row["val_loss"]):
-        raise FloatingPointError(f"the loss is not finite at step {row['step']}, learning rate {rate:.2g}: "
-                                 "try a smaller --learning_rate or more --warmup_steps; what was saved stays")
-
-
-def describe(say, model, c, meta, state, device, threads, dtype, compile):
-    """Say what was chosen, and why."""
-    windows, T = c.windows_per_step, model.config.block_size
-    in_gates = sum(p.numel() for name, p in model.named_parameters() if ".attn.gate." in name)
-    origin = f", from {c.init_from}" if c.init_from else ""
-    say(f"""device   {device}
-threads  {threads}
-dtype    {dtype}
-compile  {compile}
-model    gate {variant(model.config)}, {model.num_params():,} parameters, {in_gates:,} in gates{origin}
-data     {c.data}, {meta['train']['tokens']:,} training tokens ({meta['tokenizer']})
-steps    {c.max_steps:,} of {windows * T:,} tokens ({windows} windows of {T}), {c.optimizer}
-run      {c.out}""" + (f", resumed at step {state['step']}" if c.resume else ""))
-
-
 # ---- the command line ------------------------------------------------------------------------------
 
 # What may change when a run is resumed. All else stays as it was.
@@ -376,15 +383,9 @@ MAY_CHANGE = {"resume", "out", "max_steps", "eval_every", "eval_windows", "attn_
 
 def parse_flags(argv=None):
     """The flags that were given, as {name: value}."""
-    presets = "\n".join(textwrap.fill(" ".join(f"{k}={v}" for k, v in values.items()), 78,
-                                      initial_indent=f"  {name:<8}", subsequent_indent=" " * 10)
-                        for name, values in PRESETS.items())
-    parser = parser_of(__doc__, "train.py", usage="train.py [--preset=NAME] [--flag=value ...]",
-                       epilog="presets:\n" + presets)
-    parser.add_argument("--preset", choices=list(PRESETS), help="a table of values, see below [laptop; gpu "
-                        "where there is CUDA]")
+    parser = parser_of(__doc__, "train.py", "[--preset=NAME] [--flag=value ...]", PRESETS)
     add_flags(parser, TrainConfig, GPTConfig)
-    return {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    return vars(parser.parse_args(argv))
 
 
 def make_configs(values):
@@ -403,9 +404,9 @@ def configs_from(flags):
         model, saved = checkpoint.load(Path(out, "last.pt"))
         return make_configs(dataclasses.asdict(model.config) | saved["train_config"]
                             | {"out": out, "overwrite": False} | flags)
-    device, _ = choose_device(flags.get("device", "auto"))
+    device, _ = machine.choose_device(flags.get("device", "auto"))
     name = flags.get("preset", "gpu" if device.type == "cuda" else "laptop")
-    if is_first():
+    if machine.is_first():
         print(f"preset   {name} ({'as asked' if 'preset' in flags else f'on {device.type}'})")
     values = PRESETS[name]
     if "init_from" in flags:  # the weights decide the shape, all but these two
@@ -418,7 +419,7 @@ def configs_from(flags):
 def main(argv=None):
     config, c = configs_from(parse_flags(argv))
     model, log = train(config, c)
-    if not is_first():
+    if not machine.is_first():
         return
     best = min(log, key=lambda row: row["val_loss"])
     print(f"\nbest val loss {best['val_loss']:.4f} nats per token = {best['bits_per_byte']:.4f} bits per "

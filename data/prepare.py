@@ -349,7 +349,7 @@ def prepare_files(paths, name=None, tokenizer="bpe2k", overwrite=False):
 
 
 def main(argv=None):
-    parser = parser_of(__doc__, "prepare.py", usage="prepare.py NAME|FILES ... [--flag=value ...]")
+    parser = parser_of(__doc__, "prepare.py", "NAME|FILES ... [--flag=value ...]")
     parser.add_argument("what", nargs="+", metavar="NAME|FILES", help="a set's name, or files and folders")
     parser.add_argument("--name", help="FILES: what to call the set [after the first file]")
     parser.add_argument("--tokenizer", default="bpe2k", help=f"FILES: {', '.join(BOS)}, or the folder of a "

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import textwrap
 from typing import Literal, get_args, get_origin
 
 
@@ -38,12 +39,24 @@ def add_flags(parser, *configs, skip=()):
         groups[title].add_argument(f"--{f.name}", help=shown, default=argparse.SUPPRESS, **options)
 
 
-def parser_of(doc, name, **options):
-    """An ArgumentParser that shows a script's docstring as it is, and takes no shortened flags."""
+def parser_of(doc, name, usage, presets=None):
+    """An ArgumentParser that shows a script's docstring as it is, and takes no shortened flags.
+
+    presets: {name: {field: value}}, for a flag --preset and the end of the help.
+    """
     shown = (doc or "").partition("\nReading order")[0]  # python -OO drops docstrings
-    return argparse.ArgumentParser(
-        prog=name, description=shown, allow_abbrev=False, **options,
+    parser = argparse.ArgumentParser(
+        prog=name, usage=f"{name} {usage}", description=shown, allow_abbrev=False,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30))
+    if presets:
+        parser.epilog = "presets:"
+        for name, values in presets.items():
+            table = " ".join(f"{field}={value}" for field, value in values.items())
+            parser.epilog += "\n" + textwrap.fill(table, 78, initial_indent=f"  {name:<8}",
+                                                  subsequent_indent=" " * 10)
+        parser.add_argument("--preset", choices=list(presets), default=argparse.SUPPRESS,
+                            help="a table of values, see below [laptop; gpu where there is CUDA]")
+    return parser
 
 
 FULL_MEMORY = "out of memory|allocate memory|(multiplication|calculation) overflow"  # in torch's words

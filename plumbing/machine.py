@@ -70,12 +70,23 @@ def cpu_quota(path="/sys/fs/cgroup/cpu.max"):
         return None
 
 
+def has_bfloat16(device):
+    """Whether the hardware multiplies bfloat16. Where it does not, torch emulates that, many times slower."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu" or not torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "AMX")):
+        return False
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def choose_precision(name, device):
     """(context for the forward, what was chosen and why)"""
     why = "as asked"
+    if name == "bfloat16" and not has_bfloat16(device):
+        why = "as asked; slow, because the hardware here does not multiply bfloat16"
     if name == "auto":
         name, why = "float32", f"the default on {device.type}"
-        if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        if device.type == "cuda" and has_bfloat16(device):
             name, why = "bfloat16", "autocast; weights stay float32"
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
@@ -83,8 +94,13 @@ def choose_precision(name, device):
     return context, f"{name} ({why})"
 
 
-def try_compile(model, batch, precision):
-    """(the compiled model, or the original one if compiling fails, what happened)"""
+def try_compile(model, batch, precision, wanted=True):
+    """(the compiled model, or the original one if compiling fails or is not wanted, what happened)
+
+    wanted: None means on a GPU of NVIDIA only, where it is worth the wait.
+    """
+    if not (batch[0].is_cuda if wanted is None else wanted):
+        return model, "off (on by default with CUDA only)" if wanted is None else "off (as asked)"
     try:
         compiled = torch.compile(model)
         with precision:

@@ -68,6 +68,22 @@ def write_log(path, log):
         file.write(text.getvalue().encode())
 
 
+def describe(say, model, c, meta, device, threads, dtype, compile):
+    """Say what was chosen for a run, and why."""
+    windows, T = c.windows_per_step, model.config.block_size
+    in_gates = sum(p.numel() for name, p in model.named_parameters() if ".attn.gate." in name)
+    origin = f", from {c.init_from}" if c.init_from else ""
+    say(f"""device   {device}
+threads  {threads}
+dtype    {dtype}
+compile  {compile}
+model    gate {variant(model.config)}, {model.num_params():,} parameters, {in_gates:,} in gates{origin}
+data     {c.data}, {meta['train']['tokens']:,} training tokens ({meta['tokenizer']})
+steps    {c.max_steps:,} of {windows * T:,} tokens ({windows} windows of {T}), {c.optimizer}
+run      {c.out}{', resumed' if c.resume else ''}
+""")
+
+
 # ---- what was measured -----------------------------------------------------------------------------
 
 
