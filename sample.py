@@ -17,7 +17,7 @@ from data.tokenizers import BOS, TextOut, bos_id, get_tokenizer
 from gated_gpt import measure
 from plumbing.checkpoint import newest_run, open_model
 from plumbing.flags import parser_of, run_main
-from plumbing.machine import choose_device
+from plumbing.machine import choose_device, choose_precision
 from plumbing.report import draw_maps, layer_table, means_table, variant
 
 SHORT = 512  # tokens; below this a first-token share says more about the length than about the model
@@ -34,7 +34,8 @@ def parse_flags(argv=None):
     parser.add_argument("--top_k", type=int, help="choose among the k likeliest tokens only [all]")
     parser.add_argument("--seed", type=int, default=0, help="of the random choices [%(default)s]")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps [%(default)s]")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights [as stored]")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+                        help="of the weights; auto: as stored, if the hardware can multiply it [%(default)s]")
     parser.add_argument("--compile", action="store_true", help="compile the model: for long texts on a GPU")
     parser.add_argument("--attn_share", action="store_true", help="measure first-token share on this text")
     parser.add_argument("--text", metavar="FILE", help="with --attn_share: measure it on this text instead")
@@ -60,10 +61,14 @@ def main(argv=None):
     if tokenizer.n_vocab > model.config.vocab_size:
         raise ValueError(f"the tokenizer {name} has {tokenizer.n_vocab} tokens, but the model only "
                          f"{model.config.vocab_size}: they do not belong together, so get both again")
-    if flags.dtype:
-        for p in model.parameters():  # not model.to(dtype), which would also round the angles of RoPE
-            p.data = p.data.to(getattr(torch, flags.dtype))
+    stored = model.embed.weight.dtype
+    dtype, why = choose_precision(flags.dtype, device, stored)
+    for p in model.parameters():  # not model.to(dtype), which would also round the angles of RoPE
+        p.data = p.data.to(dtype)
     model.to(device)
+    if dtype != stored or released:
+        title += (f"\n{model.num_params() * dtype.itemsize / 1e9:.1f} GB of weights in "
+                  f"{str(dtype).removeprefix('torch.')} ({why})")
     print(title + "\n")
     if flags.text:
         T = min(SHORT, T) if released else T  # others measured released models on 512 tokens

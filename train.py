@@ -238,7 +238,8 @@ def train(config, c, say=tqdm.write):
     c = dataclasses.replace(c, threads=threads)  # saved with the run: a resumed run computes the same digits
     torch.set_num_threads(threads)
     device, why_device = machine.choose_device(c.device)
-    precision, why_precision = machine.choose_precision(c.dtype, device)
+    dtype, why_dtype = machine.choose_precision(c.dtype, device)
+    precision = machine.autocast(dtype, device)
     with machine.processes(device) as (rank, ranks):
         say = say if rank == 0 else lambda text: None
         config, meta, train_set, val_set = open_data(config, c, device, ranks)
@@ -249,8 +250,9 @@ def train(config, c, say=tqdm.write):
         batch = train_set.of_step(0, c, rank, ranks)[0]
         fast, compiled = machine.try_compile(model, batch, precision, c.compile)
         parallel = DistributedDataParallel(fast) if ranks > 1 else fast
-        processors = f"{device} ({why_device})" + (f", {ranks} processes" if ranks > 1 else "")
-        describe(say, model, c, meta, processors, f"{threads} ({why_threads})", why_precision, compiled)
+        describe(say, model, c, meta, [
+            ("device", f"{device}, {ranks} processes" if ranks > 1 else device, why_device),
+            ("threads", threads, why_threads), ("dtype", dtype, why_dtype), ("compile", *compiled)])
         columns = columns_of(config, c.attn_share)
         say(heading(columns))
 

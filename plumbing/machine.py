@@ -79,28 +79,31 @@ def has_bfloat16(device):
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def choose_precision(name, device):
-    """(context for the forward, what was chosen and why)"""
-    why = "as asked"
-    if name == "bfloat16" and not has_bfloat16(device):
-        why = "as asked; slow, because the hardware here does not multiply bfloat16"
-    if name == "auto":
-        name, why = "float32", f"the default on {device.type}"
-        if device.type == "cuda" and has_bfloat16(device):
-            name, why = "bfloat16", "autocast; weights stay float32"
+def choose_precision(name, device, stored=torch.float32):
+    """(dtype of the matrix products, reason). `stored`: the dtype of the weights that are to be used."""
+    able = has_bfloat16(device)
+    if name == "float32" or (name == "bfloat16" and able):
+        return getattr(torch, name), "as asked"
+    if name == "bfloat16":
+        return torch.bfloat16, "as asked, but slow: this hardware does not multiply bfloat16"
+    if stored == torch.bfloat16:
+        return (stored, "as stored") if able else (torch.float32, "this hardware does not multiply bfloat16")
+    if device.type == "cuda" and able:
+        return torch.bfloat16, "autocast; weights stay float32"
+    return torch.float32, f"the default on {device.type}"
+
+
+def autocast(dtype, device):
+    """The context in which a forward makes its matrix products in this dtype."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
-    context = torch.autocast(device.type, torch.bfloat16) if name == "bfloat16" else nullcontext()
-    return context, f"{name} ({why})"
+    return torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
 
 
 def try_compile(model, batch, precision, wanted=True):
-    """(the compiled model, or the original one if compiling fails or is not wanted, what happened)
-
-    wanted: None means on a GPU of NVIDIA only, where it is worth the wait.
-    """
+    """(the compiled model, or the original one, (on or off, reason)). wanted: None means with CUDA only."""
     if not (batch[0].is_cuda if wanted is None else wanted):
-        return model, "off (on by default with CUDA only)" if wanted is None else "off (as asked)"
+        return model, ("off", "on by default with CUDA only" if wanted is None else "as asked")
     try:
         compiled = torch.compile(model)
         with precision:
@@ -111,10 +114,10 @@ def try_compile(model, batch, precision, wanted=True):
         raise
     except Exception as error:  # a missing C++ compiler, or Triton: training works without
         reason = " ".join(str(error).split())[:200]
-        return model, f"off: torch.compile failed with {type(error).__name__}: {reason}"
+        return model, ("off", f"torch.compile failed with {type(error).__name__}: {reason}")
     finally:
         model.train().zero_grad()
-    return compiled, "on"
+    return compiled, ("on", "as asked" if wanted else "the default with CUDA")
 
 
 # ---- several processes, started by torchrun --------------------------------------------------------

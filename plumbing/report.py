@@ -68,20 +68,18 @@ def write_log(path, log):
         file.write(text.getvalue().encode())
 
 
-def describe(say, model, c, meta, device, threads, dtype, compile):
-    """Say what was chosen for a run, and why."""
+def describe(say, model, c, meta, choices):
+    """Say what was chosen for a run, and why. choices: [(what, choice, reason)]"""
     windows, T = c.windows_per_step, model.config.block_size
     in_gates = sum(p.numel() for name, p in model.named_parameters() if ".attn.gate." in name)
-    origin = f", from {c.init_from}" if c.init_from else ""
-    say(f"""device   {device}
-threads  {threads}
-dtype    {dtype}
-compile  {compile}
-model    gate {variant(model.config)}, {model.num_params():,} parameters, {in_gates:,} in gates{origin}
-data     {c.data}, {meta['train']['tokens']:,} training tokens ({meta['tokenizer']})
-steps    {c.max_steps:,} of {windows * T:,} tokens ({windows} windows of {T}), {c.optimizer}
-run      {c.out}{', resumed' if c.resume else ''}
-""")
+    origin = ", resumed" if c.resume else f", with the weights of {c.init_from}" if c.init_from else ""
+    lines = {what: f"{str(choice).removeprefix('torch.')} ({reason})" for what, choice, reason in choices} | {
+        "model": f"gate {variant(model.config)}, {model.num_params():,} parameters, {in_gates:,} in gates",
+        "data": f"{c.data}, {meta['train']['tokens']:,} training tokens ({meta['tokenizer']})",
+        "steps": f"{c.max_steps:,} of {windows * T:,} tokens ({windows} windows of {T}), {c.optimizer}",
+        "run": f"{c.out}{origin}\n"}
+    for what, text in lines.items():
+        say(f"{what:<8} {text}")
 
 
 # ---- what was measured -----------------------------------------------------------------------------
