@@ -40,7 +40,7 @@ from torch import nn
 class GPTConfig:
     """The shape of the model. A field is a flag of train.py, and its comment is the flag's help.
 
-    Raises ValueError, with the value and the rule, when a value makes no sense or two contradict each other.
+    Raises ValueError when a value makes no sense, or two contradict each other.
     """
     # --- model ---
     vocab_size: int | None = None  # V: number of different tokens; default: what the data has
@@ -73,8 +73,7 @@ class GPTConfig:
     def __post_init__(self):
         check_fields(self, n_expert=0, block_size=2, rope_base=1)
         if self.head_dim is None and self.n_embd % self.n_head:
-            raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}: set head_dim, "
-                             "or change one of the two")
+            raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}: set head_dim")
         self.n_kv_head = self.n_kv_head or self.n_head
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         self.mlp_hidden = self.mlp_hidden or max(16, 16 * round(self.n_embd * 8 / 3 / 16))
@@ -131,6 +130,11 @@ class Gate(nn.Module):
         return y * self.score(x) if self.op == "multiply" else y + self.score(x)
 
 
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x):  # torch has a fast kernel for x and weight of one dtype, and warns when they differ
+        return F.rms_norm(x, self.normalized_shape, self.weight.type_as(x), self.eps)
+
+
 def rope_table(config):
     """(cos, cos) and (-sin, sin) of the angles of every position, (block_size, 1, hs) each."""
     frequency = float(config.rope_base) ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)  # (hs/2,)
@@ -169,10 +173,10 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(C, nkv * hs, bias=False)
         self.v_proj = nn.Linear(C, nkv * hs, bias=False)
         self.o_proj = nn.Linear(nh * hs, C, bias=False)
-        self.q_norm = nn.RMSNorm(hs, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(hs, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(hs, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(hs, config.norm_eps) if config.qk_norm else nn.Identity()
         self.sdpa = SDPA()
-        self.sdpa_norm = nn.RMSNorm(hs, config.norm_eps) if config.sdpa_norm else nn.Identity()
+        self.sdpa_norm = RMSNorm(hs, config.norm_eps) if config.sdpa_norm else nn.Identity()
         self.sdpa_silu = nn.SiLU() if config.sdpa_silu else nn.Identity()
         if config.gate != "none":
             y_shape = {"g1": (nh, hs), "g2": (nkv, hs), "g3": (nkv, hs), "g4": (nh, hs), "g5": (C,)}
@@ -212,7 +216,7 @@ class MLP(nn.Module):
 
 
 class MoE(nn.Module):
-    """Mixture of experts: each token goes through the n_expert_active MLPs that the router likes best.
+    """Mixture of experts: each token goes through the n_expert_active MLPs that the router prefers.
 
     `router_loss` is added to the training loss. It keeps the experts evenly busy (Switch Transformers, arXiv
     2101.03961, eq. 4, weight 0.01) and the router's logits small (ST-MoE, arXiv 2202.08906, eq. 5, 0.001).
@@ -236,8 +240,8 @@ class MoE(nn.Module):
             row, choice = (chosen == e).nonzero(as_tuple=True)  # the tokens that go to expert e
             y = y.index_add(0, row, (expert(tokens[row]) * weight[row, choice, None]).type_as(y))
 
-        load = F.one_hot(chosen, p.size(-1)).float().mean((0, 1))  # (E,): the part of the work of each
-        balance = p.size(-1) * (load * p.mean(0)).sum()  # 1 when all experts are equally busy
+        self.load = F.one_hot(chosen, p.size(-1)).float().mean((0, 1))  # (E,): each expert's part of the work
+        balance = p.size(-1) * (self.load * p.mean(0)).sum()  # 1 when all experts are equally busy
         self.router_loss = 0.01 * balance + 0.001 * logits.logsumexp(-1).square().mean()
         return y.view_as(x)
 
@@ -247,7 +251,7 @@ class Block(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        norm = partial(nn.RMSNorm, config.n_embd, config.norm_eps)
+        norm = partial(RMSNorm, config.n_embd, config.norm_eps)
         post_norm = norm if config.norm == "sandwich" else nn.Identity
         self.attn_norm, self.attn, self.attn_post_norm = norm(), Attention(config, layer), post_norm()
         self.mlp_norm, self.mlp_post_norm = norm(), post_norm()
@@ -286,7 +290,7 @@ class KVCache:
 class GPT(nn.Module):
     """Embedding, blocks, a last norm, and the output head.
 
-    The weights depend only on the last torch.manual_seed: two models made after the same seed are equal.
+    The weights depend only on the last torch.manual_seed.
     """
 
     def __init__(self, config):
@@ -297,7 +301,7 @@ class GPT(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.norm = nn.RMSNorm(config.n_embd, config.norm_eps)
+        self.norm = RMSNorm(config.n_embd, config.norm_eps)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.embed.weight
@@ -311,7 +315,7 @@ class GPT(nn.Module):
         """N(0, 0.02) for every matrix; projections back into the residual stream also by 1/sqrt(2 n_layer).
 
         Each matrix has its own random generator, seeded with `seed` and its name. So flipping the gate
-        changes no number in the matrices that both models have. Vectors stay: norms 1, constant gates 0.
+        changes no number in the matrices that both models have. Vectors keep their 1 (norms) or 0.
         """
         for name, p in self.named_parameters():
             if p.dim() < 2:
@@ -352,26 +356,25 @@ class GPT(nn.Module):
         """Continue idx (B, t), which starts with BOS: yields the next token of each row, (B,), n times.
 
         When the window is full, BOS and its last half become the new window. So BOS stays in front, and the
-        logits are those of a plain forward over the window. (Released models have no BOS: there, the first
-        token of the prompt stays.)
+        logits are those of a plain forward over the window.
         """
         T, half = self.config.block_size, self.config.block_size // 2
         cache = KVCache(self, idx.size(0), min(T, idx.size(1) + n))
-        window, seen = idx, 0  # seen: how many tokens of the window the cache holds
+        window = unseen = idx  # unseen: the part of the window that the cache does not hold yet
         with evaluating(self):
             for _ in range(n):
                 if window.size(1) > T:
-                    window, seen = torch.cat((window[:, :1], window[:, -half:]), dim=1), 0
-                cache.positions = torch.arange(seen, window.size(1), device=idx.device)
-                logits = self(window[:, seen:], cache=cache)[0][:, -1]  # (B, V)
-                seen = window.size(1)
-                window = torch.cat((window, sample(logits, temperature, top_k, generator)), dim=1)
-                yield window[:, -1]
+                    window = unseen = torch.cat((window[:, :1], window[:, -half:]), dim=1)
+                t = window.size(1)
+                cache.positions = torch.arange(t - unseen.size(1), t, device=idx.device)
+                logits = self(unseen, cache=cache)[0][:, -1]  # (B, V)
+                unseen = sample(logits, temperature, top_k, generator)  # (B, 1)
+                window = torch.cat((window, unseen), dim=1)
+                yield unseen[:, 0]
 
     def generate(self, idx, n, temperature=1.0, top_k=None, generator=None):
         """Tokens idx (B, t) continued by n sampled ones, all at once: (B, t + n). See stream."""
-        new = [token[:, None] for token in self.stream(idx, n, temperature, top_k, generator)]  # (B, 1) each
-        return torch.cat((idx, *new), dim=1)
+        return torch.stack([*idx.unbind(1), *self.stream(idx, n, temperature, top_k, generator)], dim=1)
 
 
 def sample(logits, temperature, top_k, generator):
@@ -434,26 +437,19 @@ def measure(model, idx):
         row["gate_score"] = score.mean().item()
         row["gate_closed"] = (score < 0.1).float().mean().item()
 
-    def on_router(row, router, inputs, output):
-        chosen = output.topk(model.config.n_expert_active).indices  # (N, k)
-        load = chosen.flatten().bincount(minlength=model.config.n_expert).float()  # (E,)
-        row["max_expert_load"] = (load.max() / load.mean()).item()
-
     def on_block(row, block, inputs, output):
         row["max_activation"] = output.abs().max().item()
+        load = block.mlp.load if model.config.n_expert else torch.tensor([math.nan])  # (E,)
+        row["max_expert_load"] = (load.max() / load.mean()).item()
 
     rows, hooks = [], []
     for block in model.blocks:
-        rows.append(row := dict(gate_score=math.nan, gate_closed=math.nan, max_expert_load=math.nan))
+        rows.append(row := dict(gate_score=math.nan, gate_closed=math.nan))
         hooks += [(block.attn.sdpa, partial(on_sdpa, row)), (block, partial(on_block, row))]
         if model.config.gate != "none": hooks.append((block.attn.gate, partial(on_gate, row)))
-        if model.config.n_expert: hooks.append((block.mlp.router, partial(on_router, row)))
     with evaluating(model, hooks):
         model(idx)
     return rows
-
-
-# ---- checking a config -----------------------------------------------------------------------------
 
 
 def check_fields(config, **least):
