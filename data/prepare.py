@@ -16,6 +16,7 @@ Sets live in data/, or in the folder that the variable GATED_GPT_DATA names.
 Reading order: write_set, load -> text in, tokens out -> the four sets -> your own files.
 """
 import hashlib
+import http.client
 import json
 import os
 import platform
@@ -55,17 +56,17 @@ def write_set(name, tokenizer, source, chunks):
     meta = {"tokenizer": tokenizer, "bos": bos, "vocab_size": vocab_size,
             "dtype": np.min_scalar_type(vocab_size - 1).name, "source": source}
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        DATA.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=DATA) as new:
             for split, arrays in chunks.items():
                 meta[split] = write_bin(Path(new, f"{split}.bin"), arrays, tokenizer, meta["dtype"])
-            text = json.dumps(meta, indent=1) + "\n"
-            if (out / "meta.json").exists() and (out / "meta.json").read_text() != text:
-                (out / "meta.json").unlink()  # from here to the end there is no set
-            for split in chunks:
-                os.replace(Path(new, f"{split}.bin"), out / f"{split}.bin")
-        with whole_file(out / "meta.json") as file:
-            file.write(text.encode())
+            text, old = json.dumps(meta, indent=1) + "\n", out / "meta.json"
+            Path(new, "meta.json").write_text(text)
+            out.mkdir(exist_ok=True)
+            if old.exists() and old.read_text() != text:  # from here to the end there is no set
+                old.unlink(missing_ok=True)
+            for file in ("train.bin", "val.bin", "meta.json"):
+                os.replace(Path(new, file), out / file)
     except OSError as error:
         if not error.strerror:  # a sentence of our own
             raise
@@ -161,7 +162,7 @@ def read_texts(paths, suffix="", skip=()):
             left_out += [f"{Path(here, name)} (a link)" for name in folders if Path(here, name).is_symlink()]
             files += [Path(here, name) for name in names
                       if name.endswith(suffix) and not name.startswith(".")]
-    for path in sorted(set(files)):
+    for path in sorted(path for path in set(files) if path.is_file()):  # no pipes, which would wait
         try:
             texts[path] = read_text(path)
         except (ValueError, OSError):
@@ -282,7 +283,7 @@ def prepare_shakespeare():
         try:
             with urllib.request.urlopen(SHAKESPEARE_URL, timeout=60) as reply, whole_file(path) as file:
                 file.write(reply.read())
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             raise OSError(f"cannot download {SHAKESPEARE_URL} ({error}): try again, or put it at {path}"
                           ) from error
     if hashlib.sha256(path.read_bytes()).hexdigest() != SHAKESPEARE_SHA256:
@@ -326,10 +327,12 @@ OFFLINE = "python", "backcopy"  # need no download, so `load` makes them
 
 def prepare_files(paths, name=None, tokenizer="bpe2k", overwrite=False):
     """A set from text files and folders. Val is whole files where there are many, else the end of each."""
+    if named := [path for path in paths if path in SETS and not Path(path).exists()]:
+        raise ValueError(f"{named[0]} is a set of its own: prepare it without other files")
     paths = [Path(path).expanduser().resolve() for path in paths]
     for path in paths:
         if not path.exists():
-            raise FileNotFoundError(f"{path} is neither a file or folder nor one of {', '.join(SETS)}")
+            raise FileNotFoundError(f"{path} is not there; sets known by name are {', '.join(SETS)}")
     name = name or re.sub(r"[^\w.-]+", "-", paths[0].stem).strip("-._") or "text"
     if name in SETS or not re.fullmatch(r"\w[\w.-]*", name):
         raise ValueError(f"--name={name} must be letters, digits and . _ - only, and not {', '.join(SETS)}")
@@ -340,7 +343,7 @@ def prepare_files(paths, name=None, tokenizer="bpe2k", overwrite=False):
         raise ValueError(f"{paths[0].name} and so on have {size:,} characters of text: give at least 2,000")
     if marked := [path.name for path in texts if path.suffix in (".jsonl", ".json", ".csv", ".html", ".xml")]:
         print(f"{marked[0]} is learned as it is, with all its markup", file=sys.stderr)
-    if Path(tokenizer).expanduser().is_dir():
+    if tokenizer not in BOS and Path(tokenizer).expanduser().is_dir():
         tokenizer = str(Path(tokenizer).expanduser().resolve())
     splits = (split_files(texts) if len(texts) >= MANY_FILES else None) or split_each(texts.values())
     for split, found in splits.items():

@@ -60,7 +60,8 @@ class FolderTokenizer:
         path = Path(folder, "tokenizer.json")
         try:
             self.tokenizer = Tokenizer.from_file(str(path))
-            self.special = {t.content: i for i, t in self.tokenizer.get_added_tokens_decoder().items()}
+            self.special = {t.content: i for i, t in self.tokenizer.get_added_tokens_decoder().items()
+                            if t.special}
         except Exception as error:  # what the package raises is no class of its own
             raise ValueError(f"{path} is no tokenizer that can be read ({str(error)[:100]})") from None
         self.tokenizer.encode_special_tokens = True  # a text that says <|endoftext|> means these letters
@@ -79,7 +80,10 @@ def bos_id(name):
     if name in BOS:
         return BOS[name]
     special, config = get_tokenizer(name).special, Path(name, "config.json")
-    asked = json.loads(config.read_bytes()) if config.exists() else {}
+    try:
+        asked = {**json.loads(config.read_bytes())} if config.exists() else {}
+    except (ValueError, TypeError):
+        raise ValueError(f"{config} is not a config.json: get it again") from None
     for token in (asked.get("bos_token_id"), asked.get("eos_token_id"), special.get("<|endoftext|>")):
         if token in special.values():
             return token

@@ -79,15 +79,16 @@ def has_bfloat16(device):
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def choose_precision(name, device, stored=torch.float32):
-    """(dtype of the matrix products, reason). `stored`: the dtype of the weights that are to be used."""
+def choose_precision(name, device, stored=None):
+    """(dtype of the matrix products, reason). `stored`: that of weights which are used, not trained."""
     able = has_bfloat16(device)
     if name == "float32" or (name == "bfloat16" and able):
         return getattr(torch, name), "as asked"
     if name == "bfloat16":
         return torch.bfloat16, "as asked, but slow: this hardware does not multiply bfloat16"
-    if stored == torch.bfloat16:
-        return (stored, "as stored") if able else (torch.float32, "this hardware does not multiply bfloat16")
+    if stored:
+        lacks = stored == torch.bfloat16 and not able
+        return (torch.float32, "this hardware does not multiply bfloat16") if lacks else (stored, "as stored")
     if device.type == "cuda" and able:
         return torch.bfloat16, "autocast; weights stay float32"
     return torch.float32, f"the default on {device.type}"

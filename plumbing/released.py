@@ -9,6 +9,7 @@ place for a BOS either, so a model of ours, once exported, shows no sink on it: 
 import dataclasses
 import json
 from pathlib import Path
+from typing import get_args
 
 import torch
 
@@ -23,6 +24,7 @@ KEYS = {  # our field: their key in config.json
     "qk_norm": "use_qk_norm", "norm_eps": "rms_norm_eps", "tie_embeddings": "tie_word_embeddings"}
 FIXED = {"model_type": "qwen3", "hidden_act": "silu", "use_sliding_window": False, "rope_scaling": None,
          "partial_rotary_factor": 1.0, "quantization_config": None}  # must be so, or absent
+TYPES = {f.name: f.type for f in dataclasses.fields(GPTConfig)}
 GATES = {"none": (False, False), "g1": (False, True), "g1-headwise": (True, False)}
 GATE_KEYS = "headwise_attn_output_gate", "elementwise_attn_output_gate"
 PARTS = {  # a part of our parameters' names: theirs, where it differs
@@ -62,8 +64,14 @@ def config_of(folder):
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{path} cannot be read ({error}): get it again") from None
     wrong = [f"{key}={asked[key]!r}" for key, only in FIXED.items() if asked.get(key) not in (only, None)]
-    wrong += [f"no {key}" for key in KEYS.values() if key not in asked]
-    wrong += [f"{kind} layers" for kind in {*(asked.get("layer_types") or ())} if kind != "full_attention"]
+    for name, key in KEYS.items():
+        kinds = get_args(TYPES[name]) or (TYPES[name],)  # int | None: int, None
+        kinds = (*kinds, int) if float in kinds else kinds  # 1 is a number, too, but true is none
+        if key not in asked or type(asked[key]) not in kinds:
+            wrong.append(f"{key}={asked[key]!r}" if key in asked else f"no {key}")
+    layers = asked.get("layer_types") or []
+    if type(layers) is not list or layers.count("full_attention") < len(layers):
+        wrong.append(f"layer_types={layers}")
     gate = [name for name, flags in GATES.items() if flags == tuple(asked[key] for key in GATE_KEYS)]
     wrong += [] if gate else [f"{key}={asked[key]!r}" for key in GATE_KEYS]
     try:
@@ -72,7 +80,7 @@ def config_of(folder):
         gate, _, kind = gate[0].partition("-")
         return GPTConfig(**{name: asked[key] for name, key in KEYS.items()}, gate=gate,
                          gate_kind=kind or "elementwise")
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} describes a model that gated_gpt.py cannot make: {error}") from None
 
 
@@ -98,26 +106,21 @@ def load_released(folder, block_size=None):
     config = dataclasses.replace(config, block_size=block_size or config.block_size)
     with torch.device("meta"):  # names and shapes, but no numbers: drawing those would take seconds
         model = GPT(config)
-    weights, missing = {}, []
-    for name, _ in model.named_parameters():
-        if ".attn.gate." in name:  # a gate comes with its queries
-            continue
-        if their_name(name) not in tensors:
-            missing.append(their_name(name))
-            continue
-        weights[name] = tensors.pop(their_name(name)).clone()  # the files may be replaced afterwards
-        if name.endswith("q_proj.weight") and config.gate != "none":
-            weights[name], weights[name.replace("q_proj", "gate.gate_proj")] = split_queries(
-                weights[name], config.n_kv_head, config.n_head * config.head_dim)
-    if config.tie_embeddings and weights:
-        tensors.pop("lm_head.weight", None)  # some write a tied head, too
-        weights["lm_head.weight"] = weights.get("embed.weight")
+    weights, rows = {}, config.n_head * config.head_dim
     try:
-        if missing or tensors:
-            raise RuntimeError(f"missing {missing[:4]}, without a place {sorted(tensors)[:4]}")
+        for name in [name for name, _ in model.named_parameters() if ".attn.gate." not in name]:
+            weights[name] = tensors.pop(their_name(name)).clone()  # the files may be replaced afterwards
+            if name.endswith("q_proj.weight") and config.gate != "none":  # it holds the gate, too
+                weights[name], weights[name.replace("q_proj", "gate.gate_proj")] = split_queries(
+                    weights[name], config.n_kv_head, rows)
+        if config.tie_embeddings:
+            tensors.pop("lm_head.weight", None)  # some write a tied head, too
+            weights["lm_head.weight"] = weights["embed.weight"]
+        if tensors:
+            raise RuntimeError(f"there is no place for {', '.join(sorted(tensors)[:4])}")
         model.load_state_dict(weights, assign=True)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:500]
+    except (KeyError, RuntimeError) as error:
+        reason = f"no {error.args[0]}" if isinstance(error, KeyError) else " ".join(str(error).split())[:500]
         raise ValueError(f"{folder}: the weights do not fit config.json ({reason})") from None
     if config.tie_embeddings:
         model.lm_head.weight = model.embed.weight

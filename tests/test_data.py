@@ -1,246 +1,247 @@
-"""Claims about data/: what the sets hold, and what becomes of broken downloads, damage and mistakes."""
+"""Claims about data/: what a set holds, how text becomes tokens, and what becomes of damage and mistakes."""
 import base64
+import codecs
 import collections
+import contextlib
 import hashlib
-import http.server
-import json
-import pickle
+import http.client
+import io
+import itertools
+import multiprocessing
+import os
 import random
-import re
+import resource
+import shutil
+import signal
 import subprocess
 import sys
-import threading
+import sysconfig
+import types
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tiktoken
+from conftest import refusal, status_of
 
-from data import prepare as data
-from data.prepare import bos_id, get_tokenizer, load, prepare, prepare_files
+from data import prepare, tokenizers
+from data.prepare import load, prepare_files
+from data.tokenizers import TextOut, get_tokenizer
 
 TEXT = "Speak the speech, I pray you, as I pronounced it to you.\n" * 100
-UNICODE = "naïve 東京 🙂\r\n\tdef f(x):\n        return x  \u0000 <|bos|> <|endoftext|>"
+UNICODE = "naïve 東京 🙂🏽\r\n\tdef f(x):\n        return x  \u0000 <|bos|> <|endoftext|>"
 
 
 @pytest.fixture
-def root(tmp_path):
-    return tmp_path / "data"
+def root(tmp_path, use_data):
+    """An empty folder for sets."""
+    (tmp_path / "sets").mkdir()
+    use_data(tmp_path / "sets")
+    return tmp_path / "sets"
 
 
 @pytest.fixture
-def folder(tmp_path):
-    """Forty small files in two folders, each with its own name as its text."""
-    for i in range(40):
-        path = tmp_path / "corpus" / ("a" if i % 2 else "b") / f"{i}.txt"
+def notes(tmp_path, root):
+    """A text file, from which a set `notes` can be made."""
+    (tmp_path / "notes.txt").write_text(TEXT)
+    return tmp_path / "notes.txt"
+
+
+@pytest.fixture
+def small(notes, root):
+    """The folder of a small set of 5,700 bytes."""
+    return prepare_files([notes], "small", "bytes")
+
+
+def write_files(folder, contents):
+    """Write {name: text or bytes} into a folder; return the folder."""
+    for name, content in contents.items():
+        path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"file {i}\n" * 30)
-    return tmp_path / "corpus"
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
 
 
-def texts_between(tokens, tokenizer):
-    """The texts of a split that starts each of its texts with BOS."""
-    starts = np.flatnonzero(tokens == bos_id(tokenizer))
-    assert starts[0] == 0
-    return [get_tokenizer(tokenizer).decode(part[1:].tolist()) for part in np.split(tokens, starts[1:])]
+def texts_of(name):
+    """{"train": texts, "val": texts} of a set in which each text starts with BOS."""
+    (meta, tokens), texts = load(name), {}
+    for split, array in tokens.items():
+        starts = np.flatnonzero(array == meta["bos"])
+        assert starts[0] == 0
+        decode = get_tokenizer(meta["tokenizer"]).decode_bytes
+        texts[split] = [decode(part[1:].tolist()).decode() for part in np.split(array, starts[1:])]
+    return texts
 
 
-# --- tokenizers ---
+# --- tokenizers -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["bpe2k", "bytes"])
 def test_any_text_comes_back_from_its_tokens_byte_for_byte(name):
-    encoding = get_tokenizer(name)
-    rng = random.Random(0)
+    encoding, rng = get_tokenizer(name), random.Random(0)
     noise = "".join(chr(rng.choice([rng.randrange(128), rng.randrange(0xD800)])) for _ in range(5000))
     for text in (UNICODE, noise, "", " " * 1000, TEXT):
-        assert encoding.decode(encoding.encode_ordinary(text)) == text
+        tokens = encoding.encode_ordinary(text)
+        assert b"".join(map(encoding.decode_single_token_bytes, tokens)) == text.encode()
 
 
-def test_bos_is_the_last_id_and_no_text_can_write_it():
-    for name, size in {"bpe2k": 2048, "bytes": 257}.items():
-        assert get_tokenizer(name).n_vocab == size == bos_id(name) + 1
-        assert get_tokenizer(name).encode("<|bos|>", allowed_special="all") == [bos_id(name)]
-        assert bos_id(name) not in get_tokenizer(name).encode_ordinary(UNICODE)
+@pytest.mark.parametrize("name, size", [("bpe2k", 2048), ("bytes", 257)])
+def test_bos_is_the_last_id_and_no_text_can_write_it(name, size):
+    assert get_tokenizer(name).n_vocab == size == tokenizers.bos_id(name) + 1
+    assert size - 1 not in get_tokenizer(name).encode_ordinary(UNICODE)
+    assert name != "bytes" or get_tokenizer(name).encode_ordinary(UNICODE) == [*UNICODE.encode()]
 
 
-def test_the_byte_tokens_are_the_bytes():
-    assert get_tokenizer("bytes").encode_ordinary(UNICODE) == list(UNICODE.encode())
+@pytest.mark.parametrize("name", ["bpe2k", "bytes"])
+def test_the_length_of_a_token_is_that_of_its_bytes_with_none_for_bos(name):
+    lengths = tokenizers.token_bytes(name)
+    tokens = get_tokenizer(name).encode_ordinary(UNICODE)
+    assert lengths[tokens].sum() == len(UNICODE.encode())
+    assert lengths[-1] == 0 and lengths[:-1].all() and len(lengths) == get_tokenizer(name).n_vocab
 
 
 def test_the_shipped_tokenizer_holds_every_byte_and_only_merges_of_two_earlier_tokens():
-    lines = [line.split() for line in (data.DATA / "bpe2k.tiktoken").read_text().splitlines()]
+    path = Path(tokenizers.__file__).with_name("bpe2k.tiktoken")
+    lines = [line.split() for line in path.read_text().splitlines()]
     tokens = [base64.b64decode(token) for token, _ in lines]
     assert [int(rank) for _, rank in lines] == list(range(2047))
     assert tokens[:256] == [bytes([b]) for b in range(256)]
-    for rank, token in enumerate(tokens[256:], 256):
-        earlier = set(tokens[:rank])
+    earlier = set(tokens[:256])
+    for token in tokens[256:]:
         assert token not in earlier
         assert any(token[:i] in earlier and token[i:] in earlier for i in range(1, len(token)))
+        earlier.add(token)
 
 
-def test_the_shipped_tokenizer_needs_a_token_for_three_characters_of_code():
-    code = "".join(list(data.stdlib_texts().values())[:50])
-    assert len(code) / len(get_tokenizer("bpe2k").encode_ordinary(code)) > 2.8
+@pytest.fixture
+def offline(monkeypatch):
+    """No network to ask for the vocabulary of GPT-2, and no copy of it."""
+    def unreachable(name):
+        raise ConnectionError("no route to host")
+
+    get_tokenizer.cache_clear()
+    tokenizers.token_bytes.cache_clear()
+    monkeypatch.setattr(tiktoken, "get_encoding", unreachable)
 
 
-def test_an_encoding_can_be_pickled():
-    for name in ("bpe2k", "bytes"):
-        copy = pickle.loads(pickle.dumps(get_tokenizer(name)))
-        assert copy.encode_ordinary(UNICODE) == get_tokenizer(name).encode_ordinary(UNICODE)
+@pytest.mark.parametrize("name, said", [("gpt2", "gpt2 needs the network once.*use bpe2k or bytes"),
+                                        ("gpt3", "gpt3 is not one of bpe2k, bytes, gpt2, nor a folder")])
+def test_a_tokenizer_that_cannot_be_had_is_answered_with_those_that_can(name, said, offline):
+    with pytest.raises((OSError, ValueError), match=said):
+        get_tokenizer(name)
 
 
-def test_without_a_network_the_gpt2_tokenizer_says_that_it_needs_one(offline):
-    with pytest.raises(OSError, match="needs the network once"):
-        get_tokenizer("gpt2")
+@pytest.mark.parametrize("name", ["bytes", "bpe2k"])
+def test_a_character_is_shown_as_soon_as_its_last_byte_has_come_but_never_in_parts(name):
+    encoding, out, text, given = get_tokenizer(name), TextOut(get_tokenizer(name)), "", b""
+    for token in encoding.encode_ordinary(UNICODE):
+        text += out.add(token)
+        given += encoding.decode_single_token_bytes(token)
+        assert text == given.decode(errors="ignore")  # whole characters at the front, and no more
+    assert text == UNICODE
 
 
-def test_an_unknown_tokenizer_is_answered_with_the_known_ones():
-    with pytest.raises(ValueError, match="'gpt3' is not one of bpe2k, bytes, gpt2"):
-        get_tokenizer("gpt3")
+@pytest.mark.parametrize("tokens, text", [
+    (b"a\xe6\x9db", "a\ufffdb"), (b"a\xffb", "a\ufffdb"), (b"\x80\x80", "\ufffd\ufffd"),
+    (b"\xe6\x9d\xb1\xe6", "東"), (b"\xed\xa0\x80.", "\ufffd" * 3 + "."), ([104, 257, 105, 50303], "hi")])
+def test_bytes_that_never_become_a_character_show_as_a_sign_for_that(tokens, text):
+    assert "".join(map(TextOut(get_tokenizer("bytes")).add, tokens)) == text
 
 
-# --- python: the standard library ---
+# --- python: the standard library -------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def python_set(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data")
-    prepare("python", root)
-    return load("python", root)
+    """(meta, tokens, texts, what was printed) of the set `python`, which load makes on the way."""
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        patch.setattr(prepare, "DATA", tmp_path_factory.mktemp("sets") / "new")
+        return *load("python"), texts_of("python"), said.getvalue()
 
 
-def test_the_standard_library_makes_millions_of_tokens_without_its_tests(python_set):
-    meta, tokens = python_set
-    assert sum(meta[split]["bytes"] for split in ("train", "val")) > 5e6
-    assert len(tokens["train"]) > 1.5e6
-    names = [path.as_posix() for path in data.stdlib_texts()]
-    assert not [name for name in names if "/test/" in name or "/tests/" in name or "-packages/" in name]
-    assert any(name.endswith("/textwrap.py") for name in names)
+def test_a_set_that_needs_no_download_is_made_once_on_the_way(python_set):
+    lines = python_set[3].splitlines()  # the set was opened twice
+    assert lines[0].startswith("preparing ") and lines[0].endswith("python, once")
+    assert len(lines) == 2 and "(bpe2k, 2,048 in the vocabulary)" in lines[1]
 
 
 def test_each_file_of_the_standard_library_is_whole_in_one_split_after_a_bos(python_set):
-    meta, tokens = python_set
-    found = [text for split in ("train", "val") for text in texts_between(tokens[split], "bpe2k")]
-    assert collections.Counter(found) == collections.Counter(data.stdlib_texts().values())
+    def is_text(path):
+        with contextlib.suppress(UnicodeDecodeError):
+            return 0 < len(path.read_text(encoding="utf-8-sig")) and b"\0" not in path.read_bytes()
+
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    unwanted = {"test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data"}
+    files = [path for path in folder.rglob("*.py") if not unwanted & {*path.relative_to(folder).parts[:-1]}
+             and not path.name.startswith("_sysconfigdata") and is_text(path)]
+    assert len(files) > 500 and folder / "textwrap.py" in files
+    expected = collections.Counter(path.read_bytes().decode("utf-8-sig") for path in files)
+    assert collections.Counter(python_set[2]["train"] + python_set[2]["val"]) == expected
 
 
 def test_a_twentieth_of_the_files_is_held_out(python_set):
-    meta, tokens = python_set
-    files = {split: np.count_nonzero(tokens[split] == meta["bos"]) for split in ("train", "val")}
-    assert files["val"] == round(0.05 * sum(files.values()))
+    train, val = (len(python_set[2][split]) for split in ("train", "val"))
+    assert val == round((train + val) / 20)
 
 
-def test_meta_counts_tokens_and_bytes_and_names_the_hash(python_set):
-    meta, tokens = dict(python_set[0]), python_set[1]
+def test_a_token_of_the_shipped_tokenizer_stands_for_three_characters_of_code(python_set):
+    meta, tokens, texts, _ = python_set
+    assert len(tokens["train"]) > 1.5e6 and sum(map(len, texts["val"])) / len(tokens["val"]) > 2.8
+
+
+def test_meta_counts_tokens_and_bytes_beside_the_hash_of_each_file(python_set):
+    meta, tokens, texts, _ = python_set
     for split in ("train", "val"):
-        texts = texts_between(tokens[split], "bpe2k")
-        assert meta[split] == {"tokens": len(tokens[split]), "bytes": len("".join(texts).encode()),
+        assert meta[split] == {"tokens": len(tokens[split]), "bytes": len("".join(texts[split]).encode()),
                                "sha256": hashlib.sha256(tokens[split].tobytes()).hexdigest()}
-    del meta["train"], meta["val"], meta["source"], meta["sha256"]
-    assert meta == {"tokenizer": "bpe2k", "bos": 2047, "vocab_size": 2048, "dtype": "uint16"}
+    assert {key: meta[key] for key in ("tokenizer", "bos", "vocab_size", "dtype")} == {
+        "tokenizer": "bpe2k", "bos": 2047, "vocab_size": 2048, "dtype": "uint16"}
 
 
-# --- backcopy ---
+# --- backcopy ---------------------------------------------------------------------------------------
 
 
-def test_after_a_trigger_comes_the_character_before_it_seven_times_out_of_eight():
-    text = data.backcopy_text(100_000)
-    chance = np.random.default_rng(0).dirichlet(np.full(62, 0.3), size=62)
-    at = [i for i, c in enumerate(text[:-1]) if c in data.TRIGGERS and text[i - 1] not in data.TRIGGERS]
-    copied = np.mean([text[i + 1] == text[i - 1] for i in at])
-    by_chance = np.mean([chance[data.ALPHABET.index(text[i]), data.ALPHABET.index(text[i - 1])] for i in at])
-    assert len(at) > 5000
-    assert abs(copied - (7 / 8 + 1 / 8 * by_chance)) < 0.03
+@pytest.fixture(scope="module")
+def backcopy():
+    return prepare.backcopy_text(200_000)
 
 
-def test_elsewhere_backcopy_is_a_markov_chain_with_rows_drawn_from_a_dirichlet():
-    text = data.backcopy_text(200_000)
+def row_of(c):
+    """The probabilities of what comes after c in the chain."""
     rows = np.random.default_rng(0).dirichlet(np.full(62, 0.3), size=62)
-    for c in "abdefgh":
-        after = collections.Counter(b for a, b in zip(text, text[1:]) if a == c)
-        # Every character after a c is drawn from its row, since it is no trigger.
-        freq = np.array([after[b] for b in data.ALPHABET]) / after.total()
-        assert np.abs(freq - rows[data.ALPHABET.index(c)]).max() < 0.04
+    return dict(zip(prepare.ALPHABET, rows[prepare.ALPHABET.index(c)]))
+
+
+def test_after_a_trigger_comes_the_character_before_it_seven_times_out_of_eight(backcopy):
+    rows, triples = {c: row_of(c) for c in "uvx"}, list(zip(backcopy, backcopy[1:], backcopy[2:]))
+    asked = [(a, c, b) for a, c, b in triples if c in "uvx" and a not in "uvx"]
+    by_chance = np.mean([rows[c][a] for a, c, b in asked])
+    assert len(asked) > 10_000
+    assert abs(np.mean([a == b for a, c, b in asked]) - (7 + by_chance) / 8) < 0.01
+
+
+@pytest.mark.parametrize("c", "abdefgh")  # no triggers
+def test_elsewhere_backcopy_is_a_markov_chain_with_rows_drawn_from_a_dirichlet(c, backcopy):
+    after = collections.Counter(b for a, b in zip(backcopy, backcopy[1:]) if a == c)
+    assert all(abs(after[b] / after.total() - chance) < 0.04 for b, chance in row_of(c).items())
 
 
 def test_backcopy_is_the_same_text_everywhere():
-    digest = hashlib.sha256(data.backcopy_text(20_000).encode()).hexdigest()
+    digest = hashlib.sha256(prepare.backcopy_text(20_000).encode()).hexdigest()
     assert digest == "9cd4eba817b4ca289f3212bf930a3c937203cab592bd9e6aff1efddfacd42a39"
-    assert data.backcopy_text(20_000, seed=1) != data.backcopy_text(20_000)
+    assert prepare.backcopy_text(20_000, seed=1) != prepare.backcopy_text(20_000)
 
 
 def test_backcopy_is_one_stream_of_bytes_cut_at_95_percent(root):
-    prepare("backcopy", root, chars=20_000)
-    meta, tokens = load("backcopy", root)
+    prepare.prepare_backcopy(chars=20_000)
+    meta, tokens = load("backcopy")
     assert (meta["tokenizer"], len(tokens["train"]), len(tokens["val"])) == ("bytes", 19_000, 1_000)
-    whole = bytes([*tokens["train"], *tokens["val"]])
-    assert whole.decode() == data.backcopy_text(20_000)
+    assert bytes([*tokens["train"], *tokens["val"]]).decode() == prepare.backcopy_text(20_000)
 
 
-# --- downloads, from a server on this machine ---
-
-
-class Server(http.server.BaseHTTPRequestHandler):
-    """Serves `files`, and misbehaves as `manner` says."""
-    files, manner, ranges = {}, "", []
-
-    def do_GET(self):
-        body = self.files.get(self.path.rsplit("/", 1)[-1])
-        if body is None:
-            return self.send_error(404)
-        wanted = self.headers.get("Range")
-        self.ranges.append(wanted)
-        start = int(wanted[6:-1]) if wanted and self.manner != "ignores ranges" else 0
-        if self.manner == "sends another range" and start:
-            start //= 2
-        if start and start >= len(body):
-            return self.send_error(416)
-        self.send_response(206 if start else 200)
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
-        lie = {"promises too much": 100, "promises too little": -100}.get(self.manner, 0)
-        if self.manner != "promises nothing":
-            self.send_header("Content-Length", str(len(body) - start + lie))
-        self.end_headers()
-        cut = self.manner == "always breaks off" or (self.manner and len(self.ranges) == 1)
-        self.wfile.write(body[start:start + len(body) // 3] if cut else body[start:])
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def server(monkeypatch):
-    """A server on localhost in the place of GitHub and Hugging Face."""
-    class Fresh(Server):
-        files, manner, ranges = {}, "", []
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Fresh) as httpd:
-        threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        url = f"http://127.0.0.1:{httpd.server_port}"
-        monkeypatch.setattr(data, "FINEWEB_URL", url)
-        monkeypatch.setattr(data, "SHAKESPEARE_URL", f"{url}/input.txt")
-        yield Fresh
-        httpd.shutdown()
-
-
-@pytest.fixture
-def offline(monkeypatch, tmp_path):
-    """No network, since requests go to a port of this machine where nobody listens; and nothing is cached."""
-    monkeypatch.delenv("NO_PROXY", raising=False)
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    for variable in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
-        monkeypatch.setenv(variable, "http://127.0.0.1:9")
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
-    data.get_tokenizer.cache_clear()
-    data.token_bytes.cache_clear()
-
-
-def shard(tokens, magic=20240520, version=1, count=None):
-    header = np.zeros(256, "<i4")
-    header[:3] = magic, version, len(tokens) if count is None else count
-    return header.tobytes() + np.asarray(tokens, "<u2").tobytes()
+# --- downloads, without a network -------------------------------------------------------------------
 
 
 SHARDS = {f"fineweb_{name}.bin": np.random.default_rng(i).integers(0, 50257, 20_000 + i)
@@ -248,410 +249,308 @@ SHARDS = {f"fineweb_{name}.bin": np.random.default_rng(i).integers(0, 50257, 20_
 
 
 @pytest.fixture
-def fineweb(server, offline):
-    server.files = {name: shard(tokens) for name, tokens in SHARDS.items()}
-    return server
+def hub(offline, monkeypatch):
+    """A huggingface_hub that has three small shards; returns the list of what was asked of it."""
+    asked = []
+
+    def hf_hub_download(repo_id, filename, *, repo_type, local_dir):
+        asked.append((repo_id, repo_type, filename))
+        write_files(Path(local_dir), {filename: bytes(1024) + SHARDS[filename].astype("<u2").tobytes()})
+        return str(Path(local_dir, filename))
+
+    module = types.SimpleNamespace(hf_hub_download=hf_hub_download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", module)
+    return asked
 
 
-def assert_fineweb_is_right(root, shards=1):
-    meta, tokens = load("fineweb", root)
-    train = np.concatenate([SHARDS[f"fineweb_train_{i:06d}.bin"] for i in range(1, shards + 1)])
-    assert np.array_equal(tokens["train"], train)
-    assert np.array_equal(tokens["val"], SHARDS["fineweb_val_000000.bin"])
+def test_shards_of_fineweb_are_joined_in_order_without_their_headers(root, hub):
+    assert status_of(prepare.main, "fineweb --shards=2")[0] == 0
+    meta, tokens = load("fineweb")
+    val, first, second = SHARDS.values()
+    assert np.array_equal(tokens["train"], [*first, *second]) and np.array_equal(tokens["val"], val)
     assert (meta["tokenizer"], meta["bos"], meta["vocab_size"]) == ("gpt2", 50256, 50257)
+    assert meta["val"]["bytes"] is None  # GPT-2's vocabulary would say, but there is no network for it here
+    assert {*hub} == {("kjj0/fineweb10B-gpt2", "dataset", name) for name in SHARDS}
 
 
-def test_shards_are_joined_in_order_and_need_no_tokenizer(fineweb, root):
-    prepare("fineweb", root, shards=2)
-    assert_fineweb_is_right(root, shards=2)
-    meta, _ = load("fineweb", root)
-    assert meta["val"]["bytes"] is None   # GPT-2's vocabulary would say, but there is no network for it here
-
-
-def test_shards_that_are_there_are_not_downloaded_again(fineweb, root):
-    prepare("fineweb", root)
-    prepare("fineweb", root, shards=2)
-    assert len(fineweb.ranges) == 3
-    assert_fineweb_is_right(root, shards=2)
-
-
-@pytest.mark.parametrize("manner", ["breaks off once", "ignores ranges", "sends another range"])
-def test_a_download_that_breaks_off_is_resumed(fineweb, root, manner):
-    fineweb.manner = manner
-    prepare("fineweb", root)
-    broke_at = len(fineweb.files["fineweb_val_000000.bin"]) // 3
-    assert fineweb.ranges[:2] == [None, f"bytes={broke_at}-"]
-    assert_fineweb_is_right(root)
-
-
-def test_a_download_that_was_given_up_is_resumed_by_the_same_command(fineweb, root, monkeypatch):
-    fineweb.manner = "always breaks off"
-    monkeypatch.setattr(data, "TRIES", 1)
-    with pytest.raises(OSError, match="cannot download .*fineweb_val_000000.bin.*broke off.*try again later"):
-        prepare("fineweb", root)
-    assert not (root / "fineweb" / "meta.json").exists()
-    fineweb.manner = ""
-    prepare("fineweb", root)
-    assert fineweb.ranges[1].startswith("bytes=")
-    assert_fineweb_is_right(root)
-
-
-def test_a_server_that_does_not_say_how_long_a_file_is_is_believed_if_the_file_is_right(fineweb, root):
-    fineweb.manner, fineweb.ranges = "promises nothing", [None]
-    prepare("fineweb", root)
-    assert_fineweb_is_right(root)
-
-
-@pytest.mark.parametrize("manner", ["promises too much", "promises too little"])
-def test_a_server_that_lies_about_lengths_is_found_out(fineweb, root, manner):
-    fineweb.manner, fineweb.ranges = manner, [None]
-    with pytest.raises((OSError, ValueError), match="cannot download|not the 41,024 of its header"):
-        prepare("fineweb", root)
-    assert not (root / "fineweb" / "meta.json").exists()
-    fineweb.manner = ""
-    prepare("fineweb", root)
-    assert_fineweb_is_right(root)
-
-
-@pytest.mark.parametrize("body", [
-    b"", b"<html>busy</html>", shard(range(99), magic=1), shard(range(99), version=2),
-    shard(range(99), count=100), shard(range(99), count=-1), shard([]),
-])
-def test_what_is_not_a_shard_is_thrown_away(fineweb, root, body):
-    right, fineweb.files["fineweb_val_000000.bin"] = fineweb.files["fineweb_val_000000.bin"], body
-    with pytest.raises(ValueError, match="header.*it was thrown away"):
-        prepare("fineweb", root)
-    fineweb.files["fineweb_val_000000.bin"] = right
-    prepare("fineweb", root)
-    assert_fineweb_is_right(root)
-
-
-def test_a_shard_with_a_token_that_gpt2_does_not_have_is_refused(fineweb, root):
-    fineweb.files["fineweb_train_000001.bin"] = shard([50257] * 100)
-    with pytest.raises(ValueError, match="token 50257 is beyond the last of gpt2, 50256"):
-        prepare("fineweb", root)
-
-
-def test_there_are_1_to_103_shards(root):
-    for shards in (0, -1, 104):
-        with pytest.raises(ValueError, match=f"--shards={shards} must be 1 to 103"):
-            prepare("fineweb", root, shards=shards)
+def test_without_huggingface_hub_one_is_told_what_to_install(root, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # as where it is not installed
+    assert "pip install huggingface_hub" in refusal(prepare.main, ["fineweb"])
 
 
 @pytest.fixture
-def shakespeare(server, monkeypatch):
-    server.files = {"input.txt": TEXT.encode()}
-    monkeypatch.setattr(data, "SHAKESPEARE_SHA256", hashlib.sha256(TEXT.encode()).hexdigest())
-    return server
+def shakespeare(tmp_path, root, monkeypatch):
+    """The file that stands for Tiny Shakespeare on the network."""
+    (tmp_path / "input.txt").write_text(TEXT)
+    monkeypatch.setattr(prepare, "SHAKESPEARE_URL", (tmp_path / "input.txt").as_uri())
+    monkeypatch.setattr(prepare, "SHAKESPEARE_SHA256", hashlib.sha256(TEXT.encode()).hexdigest())
+    return tmp_path / "input.txt"
 
 
-def test_shakespeare_is_split_90_to_10_in_bytes(shakespeare, root):
-    shakespeare.manner = "breaks off once"
-    prepare("shakespeare", root)
-    meta, tokens = load("shakespeare", root)
-    cut = int(len(TEXT) * 0.9)
-    assert bytes(tokens["train"].tolist()).decode() == TEXT[:cut]
-    assert bytes(tokens["val"].tolist()).decode() == TEXT[cut:]
+def test_shakespeare_is_split_90_to_10_in_bytes(shakespeare):
+    prepare.main(["shakespeare"])
+    shakespeare.unlink()
+    prepare.main(["shakespeare"])  # from the file that is there now
+    tokens = load("shakespeare")[1].values()
+    assert [bytes(part.tolist()).decode() for part in tokens] == [TEXT[:5130], TEXT[5130:]]
 
 
-def test_a_shakespeare_that_is_there_is_used_without_a_network(shakespeare, offline, root):
-    (root / "shakespeare").mkdir(parents=True)
-    (root / "shakespeare" / "input.txt").write_text(TEXT)
-    prepare("shakespeare", root)
-    assert shakespeare.ranges == []
+def test_another_text_is_no_shakespeare(shakespeare):
+    shakespeare.write_text("To bee or not to bee")
+    assert "is not Tiny Shakespeare, by its sha256: delete it" in refusal(prepare.main, ["shakespeare"])
 
 
-def test_another_text_is_no_shakespeare(shakespeare, root):
-    shakespeare.files = {"input.txt": b"To bee or not to bee"}
-    with pytest.raises(ValueError, match="has sha256 .*thrown away"):
-        prepare("shakespeare", root)
-    path = root / "shakespeare" / "input.txt"
-    path.write_text("To bee or not to bee")
-    with pytest.raises(ValueError, match="input.txt has sha256 .*delete it"):
-        prepare("shakespeare", root)
+def test_without_a_network_one_is_told_which_file_to_put_where(shakespeare, root):
+    shakespeare.unlink()
+    said = refusal(prepare.main, ["shakespeare"])
+    assert f"cannot download {shakespeare.as_uri()}" in said
+    assert said.endswith(f"put it at {root / 'shakespeare' / 'input.txt'}")
 
 
-def test_without_a_network_one_is_told_which_file_to_put_where(offline, root):
-    with pytest.raises(OSError, match="cannot download https://raw.*input.txt.*put that file at .*input.txt"):
-        prepare("shakespeare", root)
+def test_a_download_that_breaks_off_ends_with_a_sentence(shakespeare, monkeypatch):
+    def break_off(url, timeout):
+        raise http.client.IncompleteRead(b"Speak", 5695)
+
+    monkeypatch.setattr(prepare.urllib.request, "urlopen", break_off)
+    assert "cannot download" in refusal(prepare.main, ["shakespeare"])
 
 
-# --- your own files ---
+# --- what is text -----------------------------------------------------------------------------------
 
 
-def test_one_file_gives_its_last_twentieth_to_val(tmp_path, root):
-    (tmp_path / "my notes.txt").write_text(TEXT)
-    assert prepare_files([tmp_path / "my notes.txt"], root=root) == root / "my-notes"
-    meta, tokens = load("my-notes", root)
-    cut = int(len(TEXT) * 0.95)
-    assert texts_between(tokens["train"], "bpe2k") == [TEXT[:cut]]
-    assert texts_between(tokens["val"], "bpe2k") == [TEXT[cut:]]
+def test_text_is_utf8_with_its_line_ends_but_without_a_byte_order_mark():
+    text = "naïve\r\n東京\r🙂\n\ufeff"
+    assert prepare.text_of(text.encode()) == prepare.text_of(codecs.BOM_UTF8 + text.encode()) == text
 
 
-def test_many_files_are_split_by_file_each_after_a_bos(folder, root):
-    prepare_files([folder], tokenizer="bytes", root=root)
-    _, tokens = load("corpus", root)
-    train, val = (texts_between(tokens[split], "bytes") for split in ("train", "val"))
-    assert sorted(train + val) == sorted(path.read_text() for path in folder.rglob("*.txt"))
-    assert len(val) == 2
+@pytest.mark.parametrize("content, reason", [
+    (b"ab\0cd", "is not text: byte 2 is NUL"), ("speech".encode("utf-16-le"), "is not text: byte 1 is NUL"),
+    ("ab naïve".encode("latin-1"), "is not UTF-8 text: see byte 5")])
+def test_what_is_not_text_is_refused_alike_from_a_file_as_from_standard_input(
+        content, reason, tmp_path, monkeypatch):
+    write_files(tmp_path, {"text.txt": content})
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="ascii"))
+    for path in (tmp_path / "text.txt", "-"):
+        with pytest.raises(ValueError, match=f"^{path} {reason}$"):
+            prepare.read_text(path)
 
 
-def test_the_split_depends_on_the_names_alone(folder, root):
-    def held_out():
-        prepare_files([folder], root=root)
-        return set(texts_between(load("corpus", root)[1]["val"], "bpe2k"))
-    before = held_out()
-    (folder / "another.txt").write_text("another\n" * 30)
-    assert len(before & held_out()) >= len(before) - 1
+def test_in_a_folder_what_is_hidden_or_empty_is_left_out(tmp_path, root, capsys):
+    write_files(tmp_path / "corpus", {"a.txt": TEXT, "b/c.py": "x" + TEXT, ".secret": TEXT,
+                                      ".git/config": TEXT, "b/empty.txt": ""})
+    prepare_files([tmp_path / "corpus"])
+    assert len(texts_of("corpus")["train"]) == 2
+    assert capsys.readouterr().err == ""
 
 
-def test_in_a_folder_what_is_hidden_empty_or_no_text_is_left_out(folder, root, capsys):
-    (folder / ".secret").write_text("secret")
-    (folder / ".git").mkdir()
-    (folder / ".git" / "config").write_text("secret")
-    (folder / "empty.txt").write_text("")
-    (folder / "picture.png").write_bytes(b"\x89PNG\xff\xfe")
-    prepare_files([folder], root=root)
-    _, tokens = load("corpus", root)
-    assert sum(np.count_nonzero(tokens[split] == 2047) for split in ("train", "val")) == 40
-    assert "picture.png is left out: not UTF-8 text" in capsys.readouterr().err
+def test_what_is_left_out_because_it_is_no_text_is_said_in_one_line(tmp_path, root, capsys):
+    folder = write_files(tmp_path / "corpus", {"a.txt": TEXT, "b.png": b"\x89PNG\xff", "c.bin": b"a\0b",
+                                               "d.txt": b"\xff", "f.txt": b"\xfe"})
+    (folder / "e.txt").symlink_to("gone")
+    (folder / "elsewhere").symlink_to(tmp_path, target_is_directory=True)
+    prepare_files([folder])
+    said = capsys.readouterr().err
+    shown = [part.removeprefix(f"{folder}/") for part in said.strip().split(": ")[1].split(", ")]
+    assert shown == ["elsewhere (a link)", "b.png", "c.bin and 2 more"] and said.count("\n") == 1
 
 
-def test_a_file_that_is_named_twice_is_read_once(folder, root):
-    prepare_files([folder, folder / "a" / "1.txt"], root=root)
-    _, tokens = load("corpus", root)
-    assert sum(np.count_nonzero(tokens[split] == 2047) for split in ("train", "val")) == 40
+def test_a_file_of_markup_is_learned_with_a_warning(tmp_path, root, capsys):
+    prepare_files([write_files(tmp_path, {"chat.jsonl": TEXT}) / "chat.jsonl"])
+    assert capsys.readouterr().err == "chat.jsonl is learned as it is, with all its markup\n"
 
 
-def test_files_may_be_prepared_again_but_not_over_another_set(tmp_path, root):
-    for where in ("one", "two"):
-        (tmp_path / where).mkdir()
-        (tmp_path / where / "notes.txt").write_text(where + TEXT)
-    prepare_files([tmp_path / "one" / "notes.txt"], root=root)
-    (tmp_path / "one" / "notes.txt").write_text(TEXT * 2)
-    prepare_files([tmp_path / "one" / "notes.txt"], tokenizer="bytes", root=root)
-    assert load("notes", root)[0]["tokenizer"] == "bytes"
-    with pytest.raises(ValueError, match="the name notes is taken .*--name"):
-        prepare_files([tmp_path / "two" / "notes.txt"], root=root)
-    assert load("notes", root)[0]["tokenizer"] == "bytes"
+# --- train and val ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("damage", [lambda meta: meta.unlink(), lambda meta: meta.write_text("{"),
-                                    lambda meta: meta.write_text(meta.read_text().replace("text", "tex_"))],
-                         ids=["gone", "cut", "flipped"])
-def test_a_set_of_ones_own_is_whole_again_after_the_same_command(tmp_path, root, damage):
-    (tmp_path / "text.txt").write_text(TEXT)
-    for _ in range(2):
-        prepare_files([tmp_path / "text.txt"], "mine", "bytes", root)
-        load("mine", root)
-        damage(root / "mine" / "meta.json")
-
-
-def test_a_name_is_a_plain_folder_and_not_that_of_a_known_set(tmp_path, root):
-    (tmp_path / "notes.txt").write_text(TEXT)
-    for name in ("a/b", "a\\b", "..", ".hidden", ""):
-        with pytest.raises(ValueError, match="must be letters, digits"):
-            prepare_files([tmp_path / "notes.txt"], name=name, root=root)
-    for name in ("python", "fineweb"):
-        with pytest.raises(ValueError, match=f"the name {name} is taken"):
-            prepare_files([tmp_path / "notes.txt"], name=name, root=root)
-
-
-def test_a_text_too_small_for_a_window_is_refused_by_its_name(tmp_path, root):
-    (tmp_path / "haiku.txt").write_text("An old silent pond")
-    with pytest.raises(ValueError, match="haiku.txt leaves .* tokens for train, but a window needs 64"):
-        prepare_files([tmp_path / "haiku.txt"], root=root)
-    assert list(root.iterdir()) == []
-
-
-def test_a_file_that_is_not_utf8_is_refused_with_the_place(tmp_path, root):
-    (tmp_path / "latin.txt").write_bytes(TEXT.encode() + "naïve".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"latin.txt is not UTF-8 text \(see byte 5,702\)"):
-        prepare_files([tmp_path / "latin.txt"], root=root)
-
-
-def test_a_file_that_is_empty_or_missing_or_a_folder_without_text_is_refused(tmp_path, root):
-    (tmp_path / "empty.txt").write_text("")
-    (tmp_path / "void").mkdir()
-    for name, message in {"empty.txt": "is empty", "void": "is empty", "gone.txt": "is neither"}.items():
-        with pytest.raises((ValueError, OSError), match=f"{name} {message}"):
-            prepare_files([tmp_path / name], root=root)
-
-
-def test_a_file_that_cannot_be_read_is_refused_with_the_reason(tmp_path, root):
-    path = tmp_path / "locked.txt"
-    path.write_text(TEXT)
-    path.chmod(0)
-    try:
-        path.read_text()
-    except PermissionError:
-        with pytest.raises(OSError, match="locked.txt cannot be read: Permission denied"):
-            prepare_files([path], root=root)
-    else:
-        pytest.skip("this user may read everything")
-
-
-# --- opening a set ---
+def test_one_file_gives_its_last_twentieth_to_val_in_a_set_of_its_name(tmp_path, root):
+    prepare_files([write_files(tmp_path, {"my notes!.old.txt": TEXT}) / "my notes!.old.txt"])
+    assert texts_of("my-notes-.old") == {"train": [TEXT[:5415]], "val": [TEXT[5415:]]}
 
 
 @pytest.fixture
-def small(root):
-    prepare("backcopy", root, chars=20_000)
-    return root / "backcopy"
+def corpus(tmp_path, root):
+    """A folder of forty files of one size, from which a set `corpus` has been made."""
+    files = {f"{i % 2}/{i}.txt": f"file {i:02}\n" * 30 for i in range(40)}
+    prepare_files([write_files(tmp_path / "corpus", files)])
+    return tmp_path / "corpus"
 
 
-def test_a_train_bin_that_was_cut_short_is_refused(small):
-    (small / "train.bin").write_bytes((small / "train.bin").read_bytes()[:-3])
-    with pytest.raises(ValueError, match="train.bin has 37,997 bytes, but 19,000 tokens need 38,000: it was"):
-        load("backcopy", small.parent)
+def test_of_many_files_whole_ones_are_held_out_for_val(corpus):
+    texts = texts_of("corpus")
+    assert sorted(texts["train"] + texts["val"]) == sorted(path.read_text() for path in corpus.rglob("*.txt"))
+    assert len(texts["val"]) == 2
 
 
-def test_a_missing_val_bin_is_refused(small):
-    (small / "val.bin").unlink()
-    with pytest.raises(ValueError, match="val.bin has 0 bytes"):
-        load("backcopy", small.parent)
+def test_which_files_are_held_out_depends_on_their_names_below_the_folder(corpus):
+    other = corpus.rename(corpus.with_name("other"))
+    paths = [*(other / "1").iterdir(), other, other / "0"]  # a file that is named twice is read once
+    random.Random(0).shuffle(paths)
+    prepare_files(paths, "again")
+    assert texts_of("again") == texts_of("corpus")
 
 
-def test_a_token_that_is_not_the_one_written_is_refused(small):
-    with open(small / "val.bin", "r+b") as file:
-        file.seek(500)
-        file.write(np.uint16(257).tobytes())
-    with pytest.raises(ValueError, match="val.bin has sha256 .* is damaged, make it again with"):
-        load("backcopy", small.parent)
+@pytest.mark.parametrize("seed", range(20))
+def test_of_24_files_of_uneven_sizes_val_is_near_5_percent_of_the_text(seed):
+    rng = random.Random(seed)
+    texts = {Path(f"/corpus/{i}.txt"): "x" * int(3 ** rng.uniform(2, 10)) for i in range(24)}
+    splits = prepare.split_files(texts) or prepare.split_each(texts.values())
+    train, val = (sum(map(len, splits[split])) for split in ("train", "val"))
+    assert train + val == sum(map(len, texts.values()))
+    assert 0.04 <= val / (train + val) < 0.056
 
 
-@pytest.mark.parametrize("change", [{"dtype": "uint8"}, {"bos": 0}, {"vocab_size": 999}, {"val": None},
-                                    {"tokenizer": "gpt3"}, {"train": {}}, {"source": "another"}])
-def test_a_meta_json_that_contradicts_itself_is_refused(small, change):
-    meta = json.loads((small / "meta.json").read_text())
-    (small / "meta.json").write_text(json.dumps({**meta, **change}))
-    with pytest.raises(ValueError, match="meta.json is damaged .*`python data/prepare.py backcopy`"):
-        load("backcopy", small.parent)
+def test_where_one_file_is_most_of_the_text_the_end_of_each_file_is_held_out(tmp_path, root):
+    write_files(tmp_path / "corpus", {f"{i}.txt": f"{i:02} " * 9 for i in range(24)} | {"big.txt": TEXT * 3})
+    prepare_files([tmp_path / "corpus"], tokenizer="bytes")
+    texts = texts_of("corpus")
+    assert len(texts["val"]) == len(texts["train"]) == 25
+    assert [text for text in texts["val"] if len(text) > 9] == [(TEXT * 3)[-855:]]
 
 
-@pytest.mark.parametrize("change", [{"bos": 0}, {"vocab_size": 999}, {"dtype": "uint8"}])
-def test_a_set_of_a_version_with_another_vocabulary_is_refused(small, change):
-    meta = json.loads((small / "meta.json").read_text())
-    (small / "meta.json").write_text(json.dumps(data.signed({**meta, **change})))
-    with pytest.raises(ValueError, match="meta.json is damaged or from another version"):
-        load("backcopy", small.parent)
+# --- your own sets ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"tokenizer": "bytes"}', "\u0000"])
-def test_a_meta_json_that_is_none_is_refused(small, text):
-    (small / "meta.json").write_text(text)
-    with pytest.raises(ValueError, match="meta.json is damaged"):
-        load("backcopy", small.parent)
+@pytest.mark.parametrize("flags, said", [
+    ("notes.txt --name=small", "small is there already: --overwrite replaces it"),
+    ("haiku.txt", "haiku.txt and so on have 1,900 characters of text: give at least 2,000"),
+    ("pyhton", "pyhton is not there; sets known by name are python, backcopy, shakespeare, fineweb"),
+    *((f"notes.txt --name={name}", f"--name={name} must be letters, digits and . _ - only")
+      for name in ("a/b", "..", ".hidden", "-x", "python", "fineweb")),
+    *((f"fineweb --shards={n}", f"shards={n} must be 1 to 103") for n in (0, -1, 104))])
+def test_what_cannot_be_made_is_refused_without_a_trace(flags, said, notes, small, root, monkeypatch):
+    monkeypatch.chdir(notes.parent)
+    Path("haiku.txt").write_text("An old silent pond\n" * 100)
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+    assert said in refusal(prepare.main, flags)
+    assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
 
 
-def test_a_damaged_set_is_whole_again_after_the_command_that_the_message_names(small):
-    (small / "train.bin").write_bytes(b"")
-    prepare("backcopy", small.parent, chars=20_000)
-    load("backcopy", small.parent)
+def test_overwrite_replaces_a_set(notes, small):
+    prepare.main([str(notes), "--name=small", "--overwrite"])
+    assert load("small")[0]["tokenizer"] == "bpe2k"
 
 
-@pytest.mark.parametrize("name", ["../data/backcopy", "", ".", "a/b", "-x"])
-def test_a_name_that_leads_out_of_the_folder_of_sets_is_refused(small, name):
-    with pytest.raises(ValueError, match=re.escape(f"data={name} can't name a folder")):
-        load(name, small.parent)
+def test_a_set_wins_over_a_file_of_the_same_name(notes, monkeypatch):
+    made = []
+    monkeypatch.setitem(prepare.SETS, "python", lambda: made.append("python"))
+    monkeypatch.chdir(notes.parent)
+    notes.rename("python")
+    prepare.main(["python"])
+    assert made == ["python"]
 
 
-@pytest.mark.parametrize("character", ["\ud800", "\udcff"])
-def test_text_with_half_a_character_is_refused_with_its_place(character):
-    for name in ("bytes", "bpe2k"):
-        with pytest.raises(ValueError, match="character 2 of the text.* has no UTF-8 form"):
-            get_tokenizer(name).encode_ordinary(f"ab{character}")
+def test_the_command_writes_to_the_folder_of_the_variable_without_waiting_for_torch(notes, root):
+    done = subprocess.run([sys.executable, "-X", "importtime", prepare.__file__, notes, "--tokenizer=bytes"],
+                          capture_output=True, text=True, timeout=600, cwd=notes.parent)
+    assert done.returncode == 0 and "tiktoken" in done.stderr and "torch" not in done.stderr
+    assert done.stdout.endswith(f"{root / 'notes'}: 5,416 tokens for train and 286 for val "
+                                "(bytes, 257 in the vocabulary)\n")
+
+
+# --- opening a set ----------------------------------------------------------------------------------
 
 
 def test_a_missing_set_is_answered_with_what_is_there_and_the_command(small):
-    with pytest.raises(FileNotFoundError, match="no data set 'backcpoy'.*there: backcopy;.*python, back"):
-        load("backcpoy", small.parent)
+    with pytest.raises(FileNotFoundError, match="no data set smal .*sets there: small.*FILES --name=smal "):
+        load("smal")
     with pytest.raises(FileNotFoundError, match="make it with `python data/prepare.py fineweb`"):
-        load("fineweb", small.parent)
+        load("fineweb")
 
 
-def test_a_kill_while_a_set_is_replaced_leaves_the_old_set_the_new_one_or_none(small, monkeypatch):
-    old = (small / "train.bin").read_bytes()
-    replace, calls = data.os.replace, []
-    for survive in range(3):
-        def replace_or_die(src, dst, survive=survive):
-            if len(calls) == survive:
-                raise KeyboardInterrupt
-            calls.append(replace(src, dst))
-        with monkeypatch.context() as patch:
-            patch.setattr(data.os, "replace", replace_or_die)
-            with pytest.raises(KeyboardInterrupt):
-                prepare("backcopy", small.parent, chars=20_000, seed=1)
-        with pytest.raises(FileNotFoundError):
-            load("backcopy", small.parent)
-        calls.clear()
-        prepare("backcopy", small.parent, chars=20_000)
-        assert (small / "train.bin").read_bytes() == old
-    assert [path.name for path in small.parent.iterdir()] == ["backcopy"]
+@pytest.mark.parametrize("name, damage", [
+    *((name, cut) for name in ("train.bin", "val.bin") for cut in (0, -1, -2)), ("train.bin", None),
+    *(("meta.json", text) for text in (b"", b"{", b"[]", b"null", b'{"dtype": "u1"}', b'{"dtype": "?!"}'))])
+def test_a_damaged_set_is_refused_with_the_command_that_makes_it(name, damage, small):
+    path = small / name
+    if damage is None:
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:damage] if isinstance(damage, int) else damage)
+    command = "python data/prepare.py FILES --name=small --overwrite"
+    with pytest.raises(ValueError, match=f"{small} is not whole .*make it again with `{command}`"):
+        load("small")
 
 
-def test_making_the_same_set_again_never_takes_it_from_its_readers(small, monkeypatch):
-    replace, before = data.os.replace, load("backcopy", small.parent)[0]
-
-    def replace_and_read(src, dst):
-        assert load("backcopy", small.parent)[0] == before
-        replace(src, dst)
-    monkeypatch.setattr(data.os, "replace", replace_and_read)
-    prepare("backcopy", small.parent, chars=20_000)
-
-
-def test_the_tokens_are_mapped_from_disk_and_cannot_be_changed(small):
-    _, tokens = load("backcopy", small.parent)
+def test_the_tokens_are_mapped_from_disk_but_cannot_be_changed(small):
+    _, tokens = load("small")
     assert isinstance(tokens["train"], np.memmap)
     with pytest.raises(ValueError):
         tokens["train"][0] = 1
 
 
-# --- the command line ---
+# --- a kill, a full disk, two runs at once ----------------------------------------------------------
 
 
-def cli(*args):
-    return subprocess.run([sys.executable, data.__file__, *map(str, args)], capture_output=True, text=True)
+def make(text, notes):
+    """Make the set `small`, or replace it."""
+    notes.write_text(text)
+    with contextlib.redirect_stdout(io.StringIO()):
+        prepare_files([notes], "small", "bytes", overwrite=True)
 
 
-def test_the_command_makes_a_set_and_says_where(tmp_path, root):
-    (tmp_path / "notes.txt").write_text(TEXT)
-    done = cli(tmp_path / "notes.txt", "--tokenizer=bytes", "--name=mine", "--root", root)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith(f"{root / 'mine'}: 5,416 tokens for train and 286 for val (bytes, 257")
+def small_set():
+    """The text of the set `small`, or "none"."""
+    try:
+        return "".join(itertools.chain(*texts_of("small").values()))
+    except FileNotFoundError:
+        return "none"
 
 
-def test_a_mistake_is_one_sentence_with_status_2_and_no_traceback(tmp_path, root):
-    done = cli(tmp_path / "gone.txt", "--root", root)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("prepare.py: ") and done.stderr.count("\n") == 1
+NEW = TEXT.upper()  # as long as the old text: no length tells them apart
 
 
-@pytest.mark.parametrize("args, message", [
-    (["python", "--shards=2"], "--shards does not go with python"),
-    (["fineweb", "--tokenizer=bytes"], "--tokenizer does not go with fineweb: it takes --root, --shards"),
-    (["fineweb", "--shards=0"], "--shards=0 must be 1 to 103"),
-    (["notes.txt", "--shards=2"], "--shards does not go with notes.txt: it takes --root, --name, --token"),
-    (["pyhton"], "pyhton is neither a file or folder nor one of python, backcopy, shakespeare, fineweb"),
-])
-def test_options_that_do_not_fit_are_refused(args, message):
-    with pytest.raises((ValueError, OSError), match=re.escape(message)):
-        data.main(args)
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("step, left", [(0, TEXT), (1, "none"), (2, "none"), (3, "none")])
+def test_a_kill_while_a_set_is_replaced_leaves_the_old_set_or_none(step, left, notes, small):
+    def die_before_a_step():
+        def watched(act, *args, **options):
+            if next(steps) == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            act(*args, **options)
+
+        steps, unlink = itertools.count(), Path.unlink
+        os.replace = partial(watched, os.replace)
+        Path.unlink = lambda *args, **options: watched(unlink, *args, **options)
+        make(NEW, notes)
+
+    child = multiprocessing.get_context("fork").Process(target=die_before_a_step)
+    child.start()
+    child.join(600)
+    assert child.exitcode == -signal.SIGKILL and small_set() == left
+    make(NEW, notes)
+    assert small_set() == NEW
 
 
-def test_a_set_wins_over_a_file_of_the_same_name(tmp_path, root, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "python").write_text(TEXT)
-    data.main(["python", "--root", str(root)])
-    assert load("python", root)[0]["source"].startswith("the standard library")
+@pytest.mark.parametrize("limit", [0, 100, 5_000])
+def test_a_full_disk_is_one_sentence_that_leaves_the_old_set(limit, notes, small, root):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        said = refusal(prepare.main, [notes, "--name=small", "--tokenizer=bytes", "--overwrite"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert f"cannot write {small} (File too large): make room" in said
+    assert small_set() == TEXT and [path.name for path in root.iterdir()] == ["small"]
 
 
-def test_what_train_py_prepares_unasked_needs_no_network(offline, root):
-    prepare("backcopy", root, chars=20_000)
-    assert set(data.OFFLINE) < set(data.SETS)
+def test_between_any_two_steps_of_a_run_another_may_make_the_same_set_for_its_readers(notes, monkeypatch):
+    replace, fsync = os.replace, os.fsync
+    for at in itertools.count():
+        steps, inside = itertools.count(), []
 
+        def watched(act, *args, at=at, steps=steps, inside=inside):
+            step = None if inside else next(steps)
+            if step == at:
+                inside.append("the other run")
+                make(TEXT, notes)
+                inside.clear()
+            act(*args)
+            assert step is None or step < at or small_set() == TEXT  # once there, it never goes away
 
-def test_the_module_starts_without_torch():
-    code = "import sys; sys.path.insert(0, 'data'); import prepare; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=data.DATA.parent)
-    assert done.stdout == "False\n"
+        monkeypatch.setattr(os, "replace", partial(watched, replace))
+        monkeypatch.setattr(os, "fsync", partial(watched, fsync))
+        make(TEXT, notes)
+        assert small_set() == TEXT
+        if next(steps) <= at:  # the run had no such step
+            return
+        shutil.rmtree(prepare.DATA / "small")

@@ -1,144 +1,87 @@
-"""Claims about several processes: two do what one does, one of them speaks, and none is left behind."""
+"""Claims about several processes, which torchrun starts: two do what one does, and no one is left behind."""
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
-import torch
+from conftest import ROOT, fit, flags
 
-import train
-from gated_gpt import load_checkpoint
+from plumbing import checkpoint
 
-ROOT = Path(__file__).resolve().parents[1]
-TINY = dict(data="tiny", block_size=8, n_layer=2, n_head=2, n_embd=16, max_steps=10, eval_every=5,
-            eval_windows=6, warmup_steps=2, learning_rate=1e-2, schedule="constant", weight_decay=0.1,
-            grad_clip=0.5, optimizer="adamw", attn_share=True, device="cpu")
-# What every process runs: train.py on the small data. EXTRA is a line of a test's own.
-SCRIPT = """
+HANGS = 600  # seconds after which a test gives up waiting
+SETTINGS = dict(n_layer=2, max_steps=10, eval_every=5, optimizer="adamw", grad_clip=0.5, attn_share=True)
+# What every process runs: train.py, and after each forward of training a line of the test's own.
+SCRIPT = f"""
 import os, signal, sys
-from functools import partial
-sys.path.insert(0, {project!r})
-import train
-from data import prepare
-from data.prepare import run_main
-prepare.load = partial(prepare.load, root=__import__("pathlib").Path({data!r}))
-rank, step = int(os.environ["RANK"]), train.Run.step
-EXTRA
+sys.path.insert(0, {str(ROOT)!r})
+import torch, train
+from gated_gpt import GPT
+from plumbing.flags import run_main
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.modules.module import register_module_forward_hook
+
+rank, seeds, exchanges = int(os.environ["RANK"]), [], []
+
+def exchange(state, bucket):
+    exchanges.append(bucket.is_last())
+    return allreduce_hook(None, bucket)
+
+class Counting(train.DistributedDataParallel):
+    def __init__(self, model):
+        super().__init__(model)
+        self.register_comm_hook(None, exchange)
+
+def after_forward(module, inputs, output):
+    if isinstance(module, GPT) and module.training:
+        seeds.append(torch.initial_seed())
+        EXTRA
+
+train.DistributedDataParallel = Counting
+register_module_forward_hook(after_forward)
 run_main(train.main)
+print(f"rank {{rank}}: {{sum(exchanges)}} exchanges, seeds {{seeds}}", flush=True)
 """
 
 
 @pytest.fixture
-def torchrun(here, data_root):
-    """torchrun(extra, **flags) starts train.py in two processes; returns a Popen in a group of its own."""
-    def start(extra="", **flags):
-        script = here / "train.py"
-        text = SCRIPT.format(project=str(ROOT), data=str(data_root))
-        script.write_text(text.replace("EXTRA", extra))
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        command += [script] + [f"--{name}" if value is True else f"--{name}={value}"
-                    for name, value in (TINY | flags).items()]
-        return subprocess.Popen(command, cwd=here, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+def torchrun(here):
+    """torchrun(extra, **fields): (exit status, output, errors) of train.py in two processes."""
+    def run(extra="pass", **fields):
+        (here / "script.py").write_text(SCRIPT.replace("EXTRA", extra))
+        words = [word.replace("=True", "") for word in flags(**SETTINGS | fields)]
+        ended = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                "--nproc_per_node=2", here / "script.py", *words], timeout=HANGS, text=True,
+                               capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        return ended.returncode, ended.stdout, ended.stderr
 
-    return start
+    return run
 
 
-def alone(**fields):
-    """The same with one process, in this one."""
-    train.train(*train.make_configs(TINY | fields), quiet=True)
-
-
-def ended(process):
-    """What it printed, stdout and stderr, when it has ended."""
-    try:
-        return process.communicate(timeout=100)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-
-
-def assert_close(a, b):
-    a, b = (load_checkpoint(path) for path in (a, b))
-    assert a[1]["step"] == b[1]["step"]
-    for (name, p), q in zip(a[0].state_dict().items(), b[0].state_dict().values(), strict=True):
+def test_two_processes_do_what_one_does_with_the_whole_batch(torchrun):
+    status, out, err = torchrun(batch_size=2, grad_accum=4, out="two")  # two forwards a step in each process
+    assert status == 0, err
+    fit(**SETTINGS, batch_size=8, out="one")
+    (a, two), (b, one) = (checkpoint.load(f"{run}/last.pt") for run in ("two", "one"))
+    for (name, p), q in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
         assert (p - q).abs().max() < 1e-5, name
-    for x, y in zip(a[1]["log"], b[1]["log"], strict=True):
-        assert abs(x["train_loss"] - y["train_loss"]) < 1e-5 and abs(x["val_loss"] - y["val_loss"]) < 1e-5
+    for x, y in zip(two["log"], one["log"], strict=True):
+        for name in ("step", "train_loss", "val_loss", "first_token_share", "gate_score"):
+            assert x[name] == pytest.approx(y[name], abs=1e-5), name
+    said = {rank: (int(n), seeds.split(", ")) for rank, n, seeds in
+            re.findall(r"rank (\d): (\d+) exchanges, seeds \[(.*)\]", out)}
+    assert said.keys() == {"0", "1"}
+    for exchanges, seeds in said.values():
+        assert exchanges == 10, "one exchange of gradients a step, not one for each forward"
+        assert len(seeds) == 20 and len(set(seeds)) == 10
+    assert not set(said["0"][1]) & set(said["1"][1]), "dropout must differ between processes"
+    assert out.count("best val loss") == out.count("preset   ") == 1  # one of them speaks
 
 
-COUNTING = """
-calls = []
-class Counting(train.DistributedDataParallel):
-    def __init__(self, model):
-        super().__init__(model)
-        from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-        def hook(state, bucket):
-            calls.append(bucket.is_last())
-            return allreduce_hook(None, bucket)
-        self.register_comm_hook(None, hook)
-train.DistributedDataParallel = Counting
-import atexit
-atexit.register(lambda: print(f"process {rank}: {sum(calls)} exchanges"))
-"""
-
-
-def test_two_processes_do_what_one_does_with_the_whole_batch_and_exchange_gradients_once_a_step(torchrun):
-    out, _ = ended(torchrun(COUNTING, batch_size=2, grad_accum=4, out="two"))  # two forwards in each process
-    alone(batch_size=8, out="one")
-    assert_close("two/last.pt", "one/last.pt")
-    assert sorted(re.findall(r"process \d: \d+ exchanges", out)) == ["process 0: 10 exchanges",
-                                                                     "process 1: 10 exchanges"]
-    assert out.count("best val loss") == 1  # one of them speaks
-    assert len(Path("two/log.csv").read_text().splitlines()) == 3
-
-
-def test_when_a_process_dies_all_end_and_one_says_so(torchrun):
-    dies = ("train.Run.step = lambda run: os.kill(os.getpid(), signal.SIGKILL) "
-            "if rank == 1 and run.state['step'] == 7 else step(run)")
-    began = time.monotonic()
-    process = torchrun(dies, batch_size=2, grad_accum=2, out="run")
-    _, err = ended(process)
-    assert process.returncode != 0 and time.monotonic() - began < 60
-    assert err.count("a process of the group is gone") == 1 and "--resume --out=run" in err
-    assert load_checkpoint("run/last.pt")[1]["step"] == 5
-    with pytest.raises(ProcessLookupError):  # nobody is left of its group
-        os.killpg(process.pid, 0)
-
-
-def test_sigterm_ends_all_processes_and_what_they_did_is_saved(torchrun):
-    tells = ("train.Run.step = lambda run: (os.kill(os.getppid(), signal.SIGTERM) "
-             "if rank == 1 and run.state['step'] == 7 else None, step(run))[1]")
-    _, err = ended(torchrun(tells, batch_size=2, grad_accum=2, out="run", max_steps=10**5, eval_every=10**5))
-    assert err.count("stopped at step") == 1
-    step = int(re.search(r"stopped at step (\d+)", err)[1])
-    assert 7 <= step and load_checkpoint("run/last.pt")[1]["step"] == step
-
-
-def test_windows_that_cannot_be_shared_evenly_are_refused_once(torchrun):
-    process = torchrun(batch_size=3, out="run")
-    _, err = ended(process)
-    assert process.returncode != 0
-    assert err.count("batch_size=3 times grad_accum=1 is 3 windows a step") == 1
-    assert not Path("run").exists()
-
-
-def test_every_process_has_its_own_windows_and_together_they_are_the_steps():
-    for batch_size, grad_accum in ((4, 1), (4, 2), (6, 4), (12, 1), (5, 8)):
-        for ranks in (1, 2, 4):
-            windows = batch_size * grad_accum
-            try:
-                share, forwards = train.shares(batch_size, grad_accum, ranks)
-            except ValueError:
-                assert windows % (ranks * -(-grad_accum // ranks))
-                continue
-            assert share * ranks == windows and share % forwards == 0 and share // forwards <= batch_size
-
-
-def test_dropout_differs_between_processes_and_steps():
-    assert len({hash((0, step, rank)) for step in range(1000) for rank in range(64)}) == 64_000
-    torch.manual_seed(hash((2**31, 10**6, 63)))  # no seed is too large
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
+def test_when_a_process_dies_all_end(torchrun):
+    dies = "rank == 1 and len(seeds) == 16 and os.kill(os.getpid(), signal.SIGKILL)"
+    status, out, err = torchrun(dies, batch_size=2, grad_accum=4, out="run")
+    assert status != 0 and "best val loss" not in out
+    assert checkpoint.load("run/last.pt")[1]["step"] == 5
+    assert "rank 0" not in out and "rank 1" not in out
