@@ -379,7 +379,7 @@ class GPT(nn.Module):
 
 def sample(logits, temperature, top_k, generator):
     """Draw a token for each row of logits (B, V): (B, 1). Temperature 0: the likeliest; top_k: one of k."""
-    if temperature == 0:
+    if temperature < 1e-30:  # 0, or so small that a division overflows
         return logits.argmax(-1, keepdim=True)
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]

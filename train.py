@@ -79,9 +79,9 @@ class TrainConfig:
 
 PRESETS = {
     # Real text, on two cores, in about two minutes.
-    "laptop": dict(data="python", n_layer=4, n_head=4, n_embd=128, block_size=128, batch_size=16,
-                   max_steps=700, optimizer="muon", learning_rate=3e-3, warmup_steps=50, eval_every=100,
-                   attn_share=True),
+    "laptop": dict(data="python", n_layer=2, n_head=4, n_embd=128, block_size=128, batch_size=16,
+                   max_steps=800, optimizer="muon", learning_rate=6e-3, warmup_steps=20, min_lr_ratio=0.0,
+                   eval_every=100, attn_share=True),
     # The size of nanoGPT's baby GPT, for one GPU; --data=shakespeare is its text.
     "gpu": dict(data="python", n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2,
                 batch_size=64, max_steps=2000, optimizer="muon", learning_rate=3e-3, eval_every=250,

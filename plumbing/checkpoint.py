@@ -1,4 +1,5 @@
 """Checkpoints: writing, reading and finding them. Code that somebody has put into one is never run."""
+import pickle
 import zipfile
 from itertools import count
 from pathlib import Path
@@ -38,6 +39,9 @@ def load(path):
         model.load_state_dict(content["model"])
     except PermissionError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror})") from None
+    except pickle.UnpicklingError:  # torch would advise to run what is in the file
+        raise ValueError(f"{path} is damaged, or no checkpoint of this version (it holds more than "
+                         "tensors and plain values)") from None
     except Exception as error:  # torch raises whatever the bytes lead it to
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} is damaged, or no checkpoint of this version ({reason})") from None

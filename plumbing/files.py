@@ -1,6 +1,6 @@
 """A file is the old one or the new one, never half of one."""
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -26,4 +26,5 @@ def whole_file(path):
             raise
         raise OSError(f"cannot write {path} ({cause.strerror}): what was there is untouched") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # it is gone already, or the disk is read-only
+            temporary.unlink()

@@ -88,7 +88,7 @@ def describe(say, model, c, meta, choices):
 def layer_table(layers, T):
     """measure's dicts as a table, with the floor of the share for windows of T tokens."""
     rows = [f"first-token share per layer, T={T}; uniform attention would give {uniform_share(T):.3f}",
-            f"{'layer':>5}{'share':>8}{'most, in head':>16}{'t >= T/4':>10}{'gate':>8}{'under .1':>10}"
+            f"{'layer':>5}{'share':>8}{'most, in head':>17}{'t >= T/4':>10}{'gate':>8}{'under .1':>10}"
             f"{'max|x|':>9}"]
     for i, layer in enumerate(layers):
         heads = layer["first_token_share_by_head"]

@@ -5,7 +5,10 @@ one token, one head and one query at a time. test_measure.py borrows it.
 """
 import itertools
 import math
+import re
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounter
 
-from gated_gpt import GPT, Gate, GPTConfig, KVCache, attention_maps, sample
+import gated_gpt
+from gated_gpt import GPT, Gate, GPTConfig, KVCache, sample
+from plumbing.report import attention_maps
 
-torch.set_num_threads(1)
 GATES = ["g1", "g2", "g3", "g4", "g5"]
-MOE = dict(n_expert=4, n_expert_active=2, expert_hidden=8)
+MOE = dict(n_expert=4, n_expert_active=2)
 VARIANTS = {
     "none": dict(gate="none"), "g1": dict(gate="g1"), "g2": dict(gate="g2"), "g3": dict(gate="g3"),
     "g4": dict(gate="g4"), "g5": dict(gate="g5"),
@@ -25,7 +29,7 @@ VARIANTS = {
     "g2-headwise": dict(gate="g2", gate_kind="headwise"),
     "g3-headwise": dict(gate="g3", gate_kind="headwise", qk_norm=False),
     "g4-headwise": dict(gate="g4", gate_kind="headwise", qk_norm=False),
-    "g1-shared": dict(gate="g1", gate_share=True), "g2-shared": dict(gate="g2", gate_share=True),
+    "g1-shared": dict(gate="g1", gate_shared=True), "g2-shared": dict(gate="g2", gate_shared=True),
     "g1-add-silu": dict(gate="g1", gate_op="add", gate_act="silu"),
     "g1-silu": dict(gate="g1", gate_act="silu"),
     "g1-add-identity": dict(gate="g1", gate_op="add", gate_act="identity"),
@@ -33,7 +37,7 @@ VARIANTS = {
     "g5-no-input": dict(gate="g5", gate_input=False),
     "sdpa-norm": dict(gate="none", sdpa_norm=True), "sdpa-silu": dict(gate="none", sdpa_silu=True),
     "sandwich": dict(gate="none", norm="sandwich"),
-    "g1-sandwich-untied": dict(norm="sandwich", tie_embeddings=False),
+    "g1-sandwich-tied": dict(norm="sandwich", tie_embeddings=True),
     "g1-gqa": dict(n_kv_head=2, head_dim=6), "g2-mqa": dict(gate="g2", n_kv_head=1),
     "g1-experts": MOE, "g2-gqa-experts": dict(gate="g2", n_kv_head=2, **MOE),
 }
@@ -68,8 +72,7 @@ def tokens(*shape, seed=0):
     return idx
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The reference
+# ---- the reference ---------------------------------------------------------------------------------
 
 
 @dataclass
@@ -111,7 +114,7 @@ def gate_scores(c, w, x, heads, size):
     size = 1 if c.gate_kind == "headwise" else size
     z = w["gate.gate_proj.weight"] @ x if c.gate_input else w["gate.constant"]
     scores = [SCORE[c.gate_act](z[h * size:(h + 1) * size]) for h in range(heads)]
-    return [sum(scores) / heads] * heads if c.gate_share else scores
+    return [sum(scores) / heads] * heads if c.gate_shared else scores
 
 
 def apply_gate(c, w, heads, x, trace):
@@ -166,14 +169,15 @@ def loop_experts(c, w, xs):
         y = 0
         for e in chosen:
             visits[e] += 1
-            a, b = x @ w["gate_proj"][e], x @ w["up_proj"][e]
-            y = y + p[e] / sum(p[i] for i in chosen) * ((a * a.sigmoid() * b) @ w["down_proj"][e])
+            gate, up, down = (w[f"experts.{e}.{name}_proj.weight"] for name in ("gate", "up", "down"))
+            a = gate @ x
+            y = y + p[e] / sum(p[i] for i in chosen) * (down @ (a * a.sigmoid() * (up @ x)))
         outputs.append(y)
         shares.append(p)
         z.append(logits.exp().sum().log() ** 2)
     mean_share = [sum(p[e] for p in shares) / len(xs) for e in range(c.n_expert)]
     balance = c.n_expert * sum(n / sum(visits) * p for n, p in zip(visits, mean_share))
-    return outputs, c.balance_loss * balance + c.router_z_loss * sum(z) / len(xs), visits
+    return outputs, 0.01 * balance + 0.001 * sum(z) / len(xs), visits
 
 
 def loop_mlp(c, w, xs, trace):
@@ -206,24 +210,23 @@ def loop_forward(model, row):
     return trace
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What each variant computes
+# ---- what each variant computes --------------------------------------------------------------------
 
-CHOICES = dict(gate_kind=("elementwise", "headwise"), gate_share=(False, True), gate_act=tuple(SCORE),
+CHOICES = dict(gate_kind=("elementwise", "headwise"), gate_shared=(False, True), gate_act=tuple(SCORE),
                gate_op=("multiply", "add"), gate_input=(True, False))
 FLAGS = [dict(zip(CHOICES, values)) for values in itertools.product(*CHOICES.values())]
 SHAPES = {
     "plain": dict(), "gqa": dict(n_kv_head=2), "mqa-wide-heads": dict(n_kv_head=1, head_dim=6),
     "gqa-no-qk-norm": dict(n_kv_head=2, qk_norm=False), "sdpa-norm": dict(sdpa_norm=True),
     "sdpa-silu": dict(sdpa_silu=True, n_kv_head=2), "sandwich": dict(norm="sandwich", n_kv_head=2),
-    "untied-other-constants": dict(tie_embeddings=False, rope_base=50.0, norm_eps=0.1, sdpa_norm=True),
+    "tied-other-constants": dict(tie_embeddings=True, rope_base=50.0, norm_eps=0.1, sdpa_norm=True),
     "experts": dict(n_kv_head=2, n_layer=1, **MOE),
 }
 
 
 def makes_sense(gate, flags, qk_norm=True):
     """Behind o_proj there are no heads, and QK-norm cancels one factor per head (but no summand)."""
-    headwise, share = flags["gate_kind"] == "headwise", flags["gate_share"]
+    headwise, share = flags["gate_kind"] == "headwise", flags["gate_shared"]
     if headwise and share or gate == "g5" and (headwise or share):
         return False
     return not (headwise and gate in ("g3", "g4") and qk_norm and flags["gate_op"] == "multiply")
@@ -261,8 +264,7 @@ def test_exactly_the_combinations_that_make_sense_are_accepted():
         assert accepted == makes_sense(gate, flags, qk_norm), (gate, flags, qk_norm)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# A gate that is stuck
+# ---- a gate that is stuck --------------------------------------------------------------------------
 
 STUCK = [name for name, v in VARIANTS.items() if v.get("gate", "g1") != "none" and v.get("gate_op") != "add"]
 
@@ -279,7 +281,7 @@ def stick(model, z):
 
 def without_gate(model, silent=""):
     """The same model without gates; the matrices whose name contains `silent` are zero, if one is named."""
-    fields = {**vars(model.config), "gate": "none", "gate_kind": "elementwise", "gate_share": False}
+    fields = {**vars(model.config), "gate": "none", "gate_kind": "elementwise", "gate_shared": False}
     plain = GPT(GPTConfig(**fields)).eval()
     plain.load_state_dict({name: value for name, value in model.state_dict().items() if ".gate." not in name})
     for name, p in plain.named_parameters():
@@ -320,28 +322,13 @@ def test_queries_or_keys_gated_shut_look_at_everything_alike(name):
     assert_same_logits(model, without_gate(model, silent="q_proj"), idx)
 
 
-@pytest.mark.parametrize("gate", GATES)
-def test_a_gate_that_cannot_close_leaves_at_least_half(gate):
-    model = lively(tiny(gate=gate, gate_act="ns_sigmoid"))
-    score = stick(model, -1000.0).blocks[0].attn.gate.score(torch.randn(1, 3, 16))
-    assert (score == 0.5).all()
-
-
-@pytest.mark.parametrize("head_dim", [8, 16, 32])
-def test_qk_norm_would_cancel_a_headwise_gate_on_the_queries(head_dim):
-    q, score = torch.randn(5, head_dim), torch.rand(5, 1) + 0.1
-    norm = torch.nn.RMSNorm(head_dim, 1e-6)
-    assert torch.allclose(norm(q * score), norm(q), atol=1e-3)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The start of training
+# ---- the start of training -------------------------------------------------------------------------
 
 OPTIONAL = ("attn.gate.", "attn.sdpa_norm.", "_post_norm.")
 
 
-@pytest.mark.parametrize("rest", [dict(), MOE, dict(tie_embeddings=False, n_kv_head=2, head_dim=6)],
-                         ids=["dense", "experts", "untied-gqa"])
+@pytest.mark.parametrize("rest", [dict(), MOE, dict(tie_embeddings=True, n_kv_head=2, head_dim=6)],
+                         ids=["dense", "experts", "tied-gqa"])
 @every_variant
 def test_flipping_the_gate_changes_only_the_gate(variant, rest):
     fields = {**rest, **variant}
@@ -364,16 +351,10 @@ def test_any_other_flag_leaves_the_matrices_it_does_not_concern_alone(change, ch
         assert torch.equal(one[name], other[name]) != any(part in name for part in changed), name
 
 
-def test_another_seed_makes_another_model():
-    one, other = seeded(tiny()).state_dict(), seeded(tiny(), seed=1).state_dict()
-    for name in (name for name in one if "norm" not in name):
-        assert not torch.equal(one[name], other[name]), name
-
-
 @pytest.mark.parametrize("n_layer", [1, 3])
-@pytest.mark.parametrize("experts", [dict(), MOE | dict(expert_hidden=64)], ids=["dense", "experts"])
+@pytest.mark.parametrize("experts", [dict(), MOE], ids=["dense", "experts"])
 def test_matrices_start_at_002_and_those_into_the_residual_stream_smaller(n_layer, experts):
-    config = tiny(vocab_size=64, n_embd=64, mlp_hidden=64, n_layer=n_layer, tie_embeddings=False, **experts)
+    config = tiny(vocab_size=64, n_embd=64, mlp_hidden=64, n_layer=n_layer, **experts)
     for name, p in seeded(config).named_parameters():
         if p.dim() == 1:
             assert (p == 1).all(), name
@@ -384,7 +365,7 @@ def test_matrices_start_at_002_and_those_into_the_residual_stream_smaller(n_laye
 
 
 def test_two_matrices_of_one_shape_start_differently():
-    matrices = [p for p in seeded(tiny(tie_embeddings=False)).parameters() if p.dim() == 2]
+    matrices = [p for p in seeded(tiny()).parameters() if p.dim() == 2]
     for a, b in itertools.combinations(matrices, 2):
         assert a.shape != b.shape or abs(torch.corrcoef(torch.stack((a.flatten(), b.flatten())))[0, 1]) < 0.5
 
@@ -403,28 +384,25 @@ DENSE = V * C + C + L * (2 * C + 2 * C * nh * hs + 2 * C * nkv * hs + 2 * hs + 3
 
 
 @pytest.mark.parametrize("fields, more_per_layer", [
-    (dict(gate="none"), 0),
-    (dict(gate="g1"), C * nh * hs), (dict(gate="g2"), C * nkv * hs), (dict(gate="g3"), C * nkv * hs),
-    (dict(gate="g4"), C * nh * hs), (dict(gate="g5"), C * C),
+    (dict(gate="none"), 0), (dict(gate="g1"), C * nh * hs), (dict(gate="g2"), C * nkv * hs),
+    (dict(gate="g3"), C * nkv * hs), (dict(gate="g4"), C * nh * hs), (dict(gate="g5"), C * C),
     (dict(gate="g1", gate_kind="headwise"), C * nh), (dict(gate="g2", gate_kind="headwise"), C * nkv),
-    (dict(gate="g1", gate_share=True), C * nh * hs), (dict(gate="g2", gate_share=True), C * nkv * hs),
-    (dict(gate="g1", gate_op="add", gate_act="silu"), C * nh * hs),
-    (dict(gate="g1", gate_act="ns_sigmoid"), C * nh * hs),
+    (dict(gate="g1", gate_shared=True), C * nh * hs), (dict(gate="g2", gate_shared=True), C * nkv * hs),
+    (dict(gate="g1", gate_op="add"), C * nh * hs), (dict(gate="g1", gate_act="silu"), C * nh * hs),
     (dict(gate="g1", gate_input=False), nh * hs), (dict(gate="g2", gate_input=False), nkv * hs),
     (dict(gate="g1", gate_input=False, gate_kind="headwise"), nh), (dict(gate="g5", gate_input=False), C),
     (dict(gate="none", sdpa_norm=True), hs), (dict(gate="none", sdpa_silu=True), 0),
     (dict(gate="none", norm="sandwich"), 2 * C), (dict(gate="none", qk_norm=False), -2 * hs),
-    (dict(gate="none", n_expert=4, expert_hidden=8), 4 * C + 4 * 3 * C * 8 - 3 * C * H),
+    *[(dict(gate="none", n_expert=4, n_expert_active=k), 4 * C + 4 * 3 * C * (H // k) - 3 * C * H)
+      for k in (1, 2, 3)],
 ], ids=str)
 def test_each_variant_costs_the_parameters_that_the_paper_says(fields, more_per_layer):
     shape = dict(n_embd=C, n_head=nh, n_kv_head=nkv, head_dim=hs, mlp_hidden=H, vocab_size=V, n_layer=L)
     tied, untied = (GPT(GPTConfig(**shape, **fields, tie_embeddings=t)).num_params() for t in (True, False))
-    assert tied == DENSE + L * more_per_layer
-    assert untied == tied + V * C
+    assert tied == DENSE + L * more_per_layer and untied == tied + V * C
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Causality and gradients
+# ---- causality and gradients -----------------------------------------------------------------------
 
 
 @every_variant
@@ -464,33 +442,37 @@ def test_dropout_acts_in_training_only():
     assert not torch.equal(model(idx)[0], model(idx)[0])
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Mixture of experts
+@pytest.mark.parametrize("how", ["autocast", "weights"])
+@pytest.mark.parametrize("name", ["none", "g1", "g2-gqa-experts"])
+def test_in_bfloat16_the_logits_are_nearly_the_same(name, how):
+    model, idx = lively(tiny(**VARIANTS[name])), tokens(2, 8)
+    with torch.no_grad():
+        exact = model(idx)[0]
+        if how == "weights":
+            for p in model.parameters():  # as sample.py does; the angles of RoPE stay float32
+                p.data = p.data.bfloat16()
+        with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+            rounded = model(idx)[0]
+    assert rounded.dtype == torch.bfloat16
+    assert 0 < (rounded - exact).abs().max() < 0.05 * exact.abs().max()
 
 
-def experts_and_loops(config, x):
-    """A layer of experts, its leaves and the loops' by name, and the output and router loss of the loops."""
-    module = lively(config).blocks[0].mlp.requires_grad_()
-    doubles = {name: p.detach().double().requires_grad_() for name, p in module.named_parameters()}
-    x = x.requires_grad_()
-    x64 = x.detach().double().requires_grad_()
-    expected, loss, _ = loop_experts(config, doubles, list(x64.flatten(0, 1)))
-    gradients_of = dict(module.named_parameters()) | {"x": x}
-    return module, gradients_of, doubles | {"x": x64}, torch.stack(expected).view_as(x64), loss
+# ---- mixture of experts ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n_expert, active", [(1, 1), (4, 1), (4, 2), (4, 3), (8, 8)])
 def test_experts_agree_with_a_loop_over_tokens_in_outputs_losses_and_gradients(n_expert, active):
-    weights = dict(balance_loss=0.5, router_z_loss=0.2)
-    config = tiny(n_expert=n_expert, n_expert_active=active, expert_hidden=8, **weights)
-    generator = torch.Generator().manual_seed(0)
-    x, direction = torch.randn(2, 2, 7, 16, generator=generator)
-    module, ours, theirs, expected, expected_loss = experts_and_loops(config, x)
-    y = module(ours["x"])
+    config = tiny(n_expert=n_expert, n_expert_active=active)
+    module = lively(config).blocks[0].mlp
+    x, direction = torch.randn(2, 2, 7, 16, generator=torch.Generator().manual_seed(0))
+    ours = dict(module.named_parameters()) | {"x": x.requires_grad_()}
+    theirs = {name: p.detach().double().requires_grad_() for name, p in ours.items()}
+    outputs, expected_loss, _ = loop_experts(config, theirs, list(theirs["x"].flatten(0, 1)))
+    y, expected = module(x), torch.stack(outputs).view(2, 7, 16)
     assert torch.allclose(y.double(), expected, atol=1e-5)
-    assert module.router_loss.item() == pytest.approx(expected_loss.item(), abs=1e-5)
-    ((y * direction).sum() + module.router_loss).backward()
-    ((expected * direction).sum() + expected_loss).backward()
+    assert module.router_loss.item() == pytest.approx(expected_loss.item(), abs=1e-6)
+    ((y * direction).sum() + 100 * module.router_loss).backward()  # 100 times: else it would hardly count
+    ((expected * direction).sum() + 100 * expected_loss).backward()
     for name, p in ours.items():
         reached = theirs[name].grad if theirs[name].grad is not None else torch.zeros_like(theirs[name])
         assert torch.allclose(p.grad.double(), reached, atol=1e-4), name
@@ -500,58 +482,46 @@ def test_experts_agree_with_a_loop_over_tokens_in_outputs_losses_and_gradients(n
 def test_no_token_is_dropped_even_if_all_want_the_same_expert(active):
     config = tiny(**MOE | dict(n_expert_active=active))
     x = torch.rand(3, 8, 16, generator=torch.Generator().manual_seed(0))  # positive: expert 2 wins
-    model = lively(config)
+    module = lively(config).blocks[0].mlp
     with torch.no_grad():
-        model.blocks[0].mlp.router.weight[2] = 5
-    module = model.blocks[0].mlp
+        module.router.weight[2] = 5
     weights = {name: p.detach().double() for name, p in module.named_parameters()}
     expected, _, visits = loop_experts(config, weights, list(x.double().flatten(0, 1)))
     assert visits[2] == 24
     y = module(x)
     assert torch.allclose(y.double(), torch.stack(expected).view_as(y), atol=1e-5)
     assert (y.abs().amax(-1) > 1e-4).all()
-
-
-def test_an_even_router_has_balance_one():
-    config = tiny(**MOE | dict(balance_loss=1.0, router_z_loss=0.0))
-    module = lively(config).blocks[0].mlp
-    torch.nn.init.zeros_(module.router.weight)
-    module(torch.randn(2, 8, 16))
-    assert module.router_loss.item() == pytest.approx(1.0)
+    y.sum().backward()  # an expert without tokens has a gradient, too: several processes exchange them all
+    assert all(p.grad is not None for p in module.parameters())
 
 
 def test_router_losses_belong_to_training_only():
-    config = tiny(**MOE, balance_loss=0.5, router_z_loss=0.2)
-    model, idx, targets = lively(config), tokens(2, 8), tokens(2, 8, seed=1)
+    model, idx, targets = lively(tiny(**MOE)), tokens(2, 8), tokens(2, 8, seed=1)
     logits, loss = model(idx, targets)
     assert loss.item() == pytest.approx(F.cross_entropy(logits.flatten(0, 1), targets.flatten()).item())
     training_loss = model.train()(idx, targets)[1]
     extra = sum(block.mlp.router_loss for block in model.blocks)
-    assert extra.item() > 0.5
+    assert extra.item() > 0.02  # 0.01 is the least that one layer can have
     assert (training_loss - loss).item() == pytest.approx(extra.item(), abs=1e-5)
 
 
-def test_without_experts_the_model_is_the_dense_one():
+def test_the_parameters_of_a_dense_model_have_these_names():
     layer = ["attn_norm.weight", *(f"attn.{p}_proj.weight" for p in "qkvo"), "attn.q_norm.weight",
              "attn.k_norm.weight", "attn.gate.gate_proj.weight", "mlp_norm.weight",
              *(f"mlp.{p}_proj.weight" for p in ("gate", "up", "down"))]
     expected = {"embed.weight", "norm.weight", "lm_head.weight"}
     expected |= {f"blocks.{i}.{name}" for i in range(2) for name in layer}
-    dense = seeded(tiny(n_expert=0, n_expert_active=5, balance_loss=3.0))
-    assert dense.state_dict().keys() == expected
-    model, idx = seeded(tiny()), tokens(2, 8)
-    assert torch.equal(model(idx, idx)[1], dense(idx, idx)[1])
+    assert seeded(tiny(n_expert=0, n_expert_active=5)).state_dict().keys() == expected
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Generation
+# ---- generation ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("chunks", [[1] * 8, [3, 2, 3], [5, 1, 2], [7, 1]], ids=str)
 @every_variant
 def test_cached_logits_equal_uncached_ones(variant, chunks):
     model, idx = lively(tiny(**variant)), tokens(2, 8)
-    cache, start = KVCache(model, 2), 0
+    cache, start = KVCache(model, 2, 8), 0
     with torch.no_grad():
         expected = model(idx)[0]
         for size in chunks:
@@ -597,7 +567,7 @@ def test_each_step_sees_what_a_plain_forward_over_its_window_sees(name, block_si
         assert window[0] == 0 and block_size // 2 < len(window) or len(window) == prompt_length + i
         with torch.no_grad():
             expected = model(torch.tensor([window]))[0][:, -1]
-        assert (found - expected).abs().max() < 1e-5
+        assert (found - expected).abs().max() < 1e-5 and not found.requires_grad
         assert text[0, prompt_length + i] == expected.argmax()
 
 
@@ -614,14 +584,9 @@ def test_the_rows_of_a_batch_do_not_disturb_each_other(variant):
     assert torch.equal(together, torch.cat(alone))
 
 
-def test_no_new_tokens_is_the_prompt():
-    idx = tokens(2, 4)
-    assert torch.equal(lively(tiny()).generate(idx, 0), idx)
-    assert list(lively(tiny()).stream(idx, 0)) == []
-
-
-def test_a_compiled_model_writes_the_same_text_and_is_not_compiled_again_as_it_grows():
-    model, idx = lively(tiny(block_size=32)), tokens(2, 3)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_compiled_model_writes_the_same_text_and_is_not_compiled_again_as_it_grows(rows):
+    model, idx = lively(tiny(block_size=32)), tokens(rows, 3)
     plain = model.generate(idx, 25, temperature=0)
     for n in (2, 25):
         torch._dynamo.reset()
@@ -631,21 +596,9 @@ def test_a_compiled_model_writes_the_same_text_and_is_not_compiled_again_as_it_g
         assert counter.frame_count == 2  # one graph for the prompt, one for a single token
 
 
-def test_stream_yields_what_generate_returns():
-    model, idx = lively(tiny()), tokens(2, 4)
-    text = model.generate(idx, 12, generator=torch.Generator().manual_seed(3))
-    new = list(model.stream(idx, 12, generator=torch.Generator().manual_seed(3)))
-    assert torch.equal(text[:, 4:], torch.stack(new, 1))
-
-
-def test_the_same_seed_gives_the_same_text_and_another_one_another():
-    model, idx = lively(tiny()), tokens(2, 4)
-    texts = [model.generate(idx, 30, generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
-    assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
-
-
 @pytest.mark.parametrize("options", [dict(temperature=0), dict(temperature=0, top_k=3), dict(top_k=1),
-                                     dict(temperature=5.0, top_k=1), dict(temperature=1e-4)], ids=str)
+                                     dict(temperature=5.0, top_k=1), dict(temperature=1e-4),
+                                     dict(temperature=1e-40)], ids=str)
 def test_temperature_zero_and_top_k_one_are_greedy(options):
     model, idx = lively(tiny()), tokens(2, 4)
     greedy = idx
@@ -682,40 +635,28 @@ def test_generation_leaves_the_mode_as_it_was_even_when_it_fails_or_is_broken_of
     assert all(module.training == training for module in model.modules())
 
 
-def test_generation_makes_no_graph():
-    assert not watched_generate(lively(tiny()), tokens(1, 4), 3)[2][-1].requires_grad
+# ---- mistakes ----------------------------------------------------------------------------------------
 
-
-# ------------------------------------------------------------------------------------------------------------
-# Mistakes
-
-
-@pytest.mark.parametrize("fields, said", [
+NUMBERS = "vocab_size n_layer n_head n_kv_head n_embd head_dim mlp_hidden n_expert_active".split()
+WRONG = [  # (fields, parts of the sentence)
     (dict(gate="g6"), ["gate='g6'", "g1", "g5"]), (dict(gate=None), ["gate=None"]),
     (dict(gate_kind="channel"), ["gate_kind='channel'", "elementwise", "headwise"]),
-    (dict(gate_act="relu"), ["gate_act='relu'", "ns_sigmoid"]),
-    (dict(gate_op="divide"), ["gate_op='divide'", "add"]),
-    (dict(norm="post"), ["norm='post'", "sandwich"]),
-    *[({name: 0}, [f"{name}=0", "1"]) for name in (
-        "vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "mlp_hidden",
-        "n_expert_active", "expert_hidden")],
-    (dict(n_expert=-1), ["n_expert=-1", "0"]), (dict(block_size=1), ["block_size=1", "2"]),
-    (dict(n_embd=18), ["n_embd=18", "n_head=4", "head_dim"]), (dict(head_dim=5), ["head_dim=5", "even"]),
-    (dict(n_embd=12), ["head_dim=3", "even"]), (dict(n_kv_head=3), ["n_head=4", "n_kv_head=3"]),
-    (dict(n_kv_head=8), ["n_head=4", "n_kv_head=8"]),
-    (dict(gate="g3", gate_kind="headwise"), ["gate_kind=headwise", "gate=g3", "qk_norm"]),
-    (dict(gate="g4", gate_kind="headwise"), ["gate_kind=headwise", "gate=g4", "qk_norm"]),
-    (dict(gate="g5", gate_kind="headwise"), ["gate=g5", "gate_kind=headwise"]),
-    (dict(gate="g5", gate_share=True), ["gate=g5", "gate_share=True"]),
-    (dict(gate_kind="headwise", gate_share=True), ["gate_kind=headwise", "gate_share"]),
-    (dict(dropout=1.0), ["dropout=1.0"]), (dict(dropout=-0.1), ["dropout=-0.1"]),
-    (dict(dropout=math.nan), ["dropout=nan"]),
-    (dict(norm_eps=0), ["norm_eps=0"]), (dict(rope_base=-1), ["rope_base=-1"]),
+    (dict(gate_act="relu"), ["'relu'", "ns_sigmoid"]), (dict(gate_op="divide"), ["'divide'", "add"]),
+    *[({name: 0}, [f"{name}=0", "at least 1"]) for name in NUMBERS], (dict(norm="post"), ["norm='post'"]),
+    *[({name: 2**31}, [f"{name}={2**31}", "below 2^31"]) for name in NUMBERS],
+    (dict(n_expert=-1), ["n_expert=-1", "at least 0"]), (dict(block_size=1), ["block_size=1", "at least 2"]),
+    (dict(n_embd=18), ["n_embd=18", "n_head=4", "head_dim"]), (dict(head_dim=5), ["head_dim=5", "odd"]),
+    (dict(n_embd=12), ["head_dim=3", "odd"]), (dict(n_kv_head=3), ["n_head=4", "n_kv_head=3"]),
+    (dict(n_kv_head=8), ["n_head=4", "n_kv_head=8"]), (dict(dropout=-0.1), ["dropout=-0.1"]),
+    *[(dict(gate=gate, gate_kind="headwise"), ["headwise", f"gate={gate}"]) for gate in ("g3", "g4", "g5")],
+    (dict(gate="g5", gate_shared=True), ["gate=g5", "shared"]), (dict(dropout=math.nan), ["dropout=nan"]),
+    (dict(gate_kind="headwise", gate_shared=True), ["gate_kind=headwise", "gate_shared"]),
+    (dict(norm_eps=-1e-6), ["norm_eps=-1e-06"]), (dict(rope_base=0.5), ["rope_base=0.5", "at least 1"]),
     (dict(n_expert=2, n_expert_active=3), ["n_expert=2", "n_expert_active=3"]),
-    (dict(n_expert=4, n_embd=12, head_dim=4), ["n_embd=12", "8"]),
-    (dict(n_expert=4, expert_hidden=12), ["expert_hidden=12", "8"]),
-    (dict(balance_loss=-1), ["balance_loss=-1"]), (dict(router_z_loss=-0.5), ["router_z_loss=-0.5"]),
-], ids=str)
+]
+
+
+@pytest.mark.parametrize("fields, said", WRONG, ids=str)
 def test_a_config_that_makes_no_sense_is_refused_with_its_values(fields, said):
     with pytest.raises(ValueError) as error:
         tiny(**fields)
@@ -733,9 +674,7 @@ def test_a_text_longer_than_the_window_is_refused_with_both_numbers():
         lively(tiny())(tokens(1, 9))
 
 
-@pytest.mark.parametrize("name, said", [
-    ("none", "none"), ("g1", "g1"), ("g1-headwise", "g1-headwise"), ("g2-shared", "g2-shared"),
-    ("g1-add-silu", "g1-add-silu"), ("g1-ns-sigmoid", "g1-ns-sigmoid"), ("g1-no-input", "g1-no-input"),
-    ("sdpa-norm", "none-sdpa-norm")])
-def test_a_variant_has_a_name(name, said):
-    assert tiny(**VARIANTS[name]).variant == said
+def test_the_file_of_the_model_imports_nothing_from_the_rest_of_the_project():
+    source = Path(gated_gpt.__file__).read_text()
+    imported = set(re.findall(r"^\s*(?:import|from) (\w+)", source, re.M))
+    assert "torch" in imported and imported - {"torch"} <= sys.stdlib_module_names

@@ -1,0 +1,455 @@
+"""Claims about plumbing/: whole files, checkpoints, flags, how scripts end, the machine, and reports."""
+import csv
+import dataclasses
+import math
+import multiprocessing
+import os
+import pickle
+import random
+import re
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, status_of
+from test_model import VARIANTS, every_variant, lively, tiny, tokens
+
+import train
+from gated_gpt import GPTConfig, measure, uniform_share
+from plumbing import checkpoint, files, flags, machine, report
+
+pytestmark = [pytest.mark.filterwarnings(f"ignore:{text}") for text in (
+    ".*fork:DeprecationWarning", "Detected pickle protocol:UserWarning", "Using a non-tuple:UserWarning",
+    "__array__:DeprecationWarning", "Glyph:UserWarning", ".*CUDA is not available:UserWarning")]
+
+# ---- whole files -------------------------------------------------------------------------------------
+
+NEW = b"new" * 10_000
+
+
+@pytest.fixture
+def old(tmp_path):
+    """The path of a file that says `old`, alone in a folder."""
+    (tmp_path / "file").write_bytes(b"old")
+    return tmp_path / "file"
+
+
+def alone(path):
+    """What the file says, which has to be alone in its folder."""
+    return os.listdir(path.parent) == [path.name] and path.read_bytes()
+
+
+def write_new(path):
+    with files.whole_file(path) as file:
+        file.write(NEW[:20_000])
+        file.flush()
+        file.write(NEW[20_000:])
+
+
+def test_a_process_that_is_killed_at_any_line_leaves_the_old_file_or_the_new_one(old):
+    def trace(frame, event, value):  # dies before the n-th line of whole_file and write_new
+        if frame.f_code.co_filename in (files.__file__, __file__):
+            if event == "line" and next(left, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return trace
+
+    found = []
+    for n in range(100):
+        old.write_bytes(b"old")  # what the child before has left in file.tmp is no obstacle
+        if not (child := os.fork()):
+            left, status = iter(range(n)), 1
+            try:
+                sys.settrace(trace)
+                write_new(old)
+                status = 0
+            finally:
+                os._exit(status)
+        status = os.waitpid(child, 0)[1]
+        found.append(old.read_bytes())
+        if status != signal.SIGKILL:
+            break
+    assert status == 0 and alone(old) == NEW
+    assert {*found} == {b"old", NEW} and found.count(b"old") > 8
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError, RuntimeError])
+def test_an_error_while_writing_leaves_the_old_file_alone(old, error):
+    with pytest.raises(error), files.whole_file(old) as file:
+        file.write(b"half of the ne")
+        raise error
+    assert alone(old) == b"old"
+
+
+@contextmanager
+def no_file_beyond(size):
+    """Nobody can write a larger file, as on a disk that is nearly full."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("write", [lambda file: torch.save(torch.zeros(90_000), file),
+                                   lambda file: file.write(NEW * 9)], ids=["torch.save", "write"])
+@pytest.mark.parametrize("size", [0, 1, 1000, 200_000])
+def test_a_full_disk_is_said_and_leaves_the_old_file_alone(old, write, size):
+    said = re.escape(f"cannot write {old} (File too large): what was there is untouched")
+    with pytest.raises(OSError, match=said), no_file_beyond(size), files.whole_file(old) as file:
+        write(file)
+    assert alone(old) == b"old"
+
+
+def test_folders_are_made_where_they_are_missing_but_not_where_a_file_is(old):
+    write_new(str(old.parent / "a" / "b" / "file"))
+    assert alone(old.parent / "a" / "b" / "file") == NEW
+    for path in (old.parent / "a", old / "b"):
+        with pytest.raises(OSError, match=re.escape(f"cannot write {path} (")):
+            write_new(path)
+    assert sorted(os.listdir(old.parent)) == ["a", "file"] and old.read_bytes() == b"old"
+
+
+# ---- checkpoints -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """The path of a checkpoint."""
+    model = lively(tiny(n_layer=1))
+    checkpoint.save(tmp_path / "model.pt", dict(config=vars(model.config), model=model.state_dict(), step=1))
+    return tmp_path / "model.pt"
+
+
+@every_variant
+def test_what_is_saved_is_what_is_loaded(tmp_path, variant):
+    model, idx = lively(tiny(**variant)), tokens(1, 6)
+    model(idx, idx)[1].backward()
+    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer.step()
+    content = dict(config=vars(model.config), model=model.state_dict(), log=[{"a": math.inf, "b": (1, True)}],
+                   none=None, moments=list(optimizer.state_dict()["state"].values()))
+    checkpoint.save(tmp_path / "model.pt", content)
+    loaded, found = checkpoint.load(tmp_path / "model.pt")
+    assert loaded.config == model.config and (found["log"], found["none"]) == (content["log"], None)
+    assert torch.equal(loaded.eval()(idx)[0], model(idx)[0])
+    for one, other in zip(content["moments"], found["moments"], strict=True):
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def refused(path):
+    """The sentence with which checkpoint.load refuses a file. It names it, and has none of torch's advice."""
+    with pytest.raises(ValueError) as error:
+        checkpoint.load(path)
+    said = str(error.value)
+    assert str(path) in said and len(said) < len(str(path)) + 300 and said.isprintable(), repr(said)
+    assert "weights_only" not in said and "can still be loaded" not in said
+    return said
+
+
+def changed(path, change):
+    torch.save(torch.load(path) | change, path)
+
+
+@pytest.mark.parametrize("spoil, values", [
+    (Path.write_bytes, [b"", b"\n", b"hello", b"{}", b"(1)", b"import torch\n", b"PK\x03\x04", b"\x80\x02."]),
+    (lambda path, part: os.truncate(path, int(path.stat().st_size * part)), [2e-4, 0.01, 0.5, 0.99]),
+    (lambda path, other: torch.save(other, path), [{"w": torch.zeros(3)}, [1], None, torch.nn.Linear(2, 2)]),
+    (changed, [dict(format="gated_gpt 99"), dict(format=None), dict(config=None), dict(config={"n_heads": 4}),
+               dict(config={"vocab_size": 11, "n_embd": 16}), dict(model=None), dict(model={"a": 1})])])
+def test_what_is_no_checkpoint_of_this_version_is_refused(saved, spoil, values):
+    whole = saved.read_bytes()
+    for value in values:
+        saved.write_bytes(whole)
+        spoil(saved, value)
+        assert "is damaged, or no checkpoint of this version" in refused(saved)
+
+
+def test_what_is_no_file_is_refused_with_the_command_that_makes_one(tmp_path):
+    os.mkfifo(tmp_path / "pipe")  # to read this would take for ever
+    assert all("python train.py makes one" in refused(tmp_path / name) for name in ("", "missing.pt", "pipe"))
+
+
+def test_a_flipped_bit_is_found_or_does_no_harm(saved):
+    whole, (model, _), dice, found = saved.read_bytes(), checkpoint.load(saved), random.Random(0), 0
+    for _ in range(100):
+        damaged = bytearray(whole)
+        damaged[dice.randrange(len(whole))] ^= 1 << dice.randrange(8)
+        saved.write_bytes(damaged)
+        try:  # the bit may be in a date, for example
+            other, content = checkpoint.load(saved)
+            assert other.config == model.config and content["step"] == 1
+            assert all(map(torch.equal, model.parameters(), other.parameters()))
+        except ValueError:
+            found += bool(refused(saved))
+    assert found > 50
+
+
+class Trap:
+    """Unpickling this makes a folder. A harmful file would do worse."""
+    def __reduce__(self):
+        return os.mkdir, ("trap",)
+
+
+@pytest.mark.parametrize("write, read", [
+    (lambda path: path.write_bytes(pickle.dumps(Trap())), lambda path: pickle.loads(path.read_bytes())),
+    (lambda path: changed(path, {"step": Trap()}), partial(torch.load, weights_only=False))])
+def test_code_in_a_file_does_not_run(saved, monkeypatch, write, read):
+    monkeypatch.chdir(saved.parent)
+    write(saved)
+    refused(saved)
+    assert not os.path.exists("trap")
+    read(saved)
+    assert os.path.exists("trap")  # the trap works
+
+
+def test_runs_that_start_at_once_get_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        folders = pool.starmap(checkpoint.new_folder, [(None, "run", False)] * 24, chunksize=1)
+    assert sorted(map(str, folders)) == sorted(["out/run", *(f"out/run-{i}" for i in range(2, 25))])
+
+
+@pytest.mark.parametrize("name", checkpoint.FILES)
+def test_a_folder_with_a_run_needs_overwrite_which_removes_only_the_files_of_the_run(tmp_path, name):
+    for file in (name, "notes.txt", "last.pt.mine"):
+        (tmp_path / file).write_text("x")
+    with pytest.raises(ValueError, match=f"{tmp_path} holds a run: --resume .* --overwrite"):
+        checkpoint.new_folder(str(tmp_path), "run", False)
+    assert len(os.listdir(tmp_path)) == 3
+    for overwrite in (True, False):  # after the first, what is left is no run
+        assert checkpoint.new_folder(str(tmp_path), "run", overwrite) == tmp_path
+        assert sorted(os.listdir(tmp_path)) == ["last.pt.mine", "notes.txt"]
+
+
+def test_the_newest_run_is_the_one_whose_checkpoint_was_written_last(tmp_path):
+    with pytest.raises(ValueError, match="no run with a checkpoint"):
+        checkpoint.newest_run(tmp_path)
+    for i, file in enumerate(["b/last.pt", "a/last.pt", "c/last.pt", "a/best.pt", "d/log.csv"]):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+        os.utime(tmp_path / file, (i, i))
+    assert checkpoint.newest_run(tmp_path) == tmp_path / "a"
+
+
+# ---- flags -------------------------------------------------------------------------------------------
+
+FIELDS = {f.name: f.default for cls in (train.TrainConfig, GPTConfig) for f in dataclasses.fields(cls)}
+
+
+@pytest.fixture
+def parser():
+    parser = flags.parser_of("What it does.\n\nReading order: a -> b.", "x.py", "[--flag=value ...]")
+    flags.add_flags(parser, train.TrainConfig, GPTConfig)
+    return parser
+
+
+def test_every_field_is_a_flag_with_a_group_a_line_of_help_and_its_default(parser):
+    shown = {}
+    for group in re.split(r"\n\n(?=[a-z ]+:\n  -)", parser.format_help())[2:]:
+        title, *entries = re.split(r":?\n(?=  -)", group)
+        assert title in "run optimisation evaluation machine model gate mixture of experts"
+        for entry in entries:
+            form, text = re.split(r"\s{2,}", entry.strip(), maxsplit=1)  # "--name N", and what it says of it
+            assert re.match("[A-Za-z0-9]", text)
+            shown[re.match(r"--(\w+)", form)[1]] = text.split()[-1]
+    assert shown.keys() == FIELDS.keys()
+    for name, default in FIELDS.items():
+        text = {"True": "on", "False": "off"}.get(str(default), str(default))
+        assert default is None or shown[name] == f"[{text}]", name
+
+
+@pytest.mark.parametrize("flag", ["--n_lay=2", "--learn=1", "--gate=g6", "--n_layer=two", "--n_layer=1.5",
+                                  "--dropout=x", "--qk_norm=1", "--nosuch", "stray"])
+def test_a_flag_that_is_shortened_or_unknown_or_has_a_wrong_value_is_refused(parser, flag):
+    status, _, said = status_of(parser.parse_args, [flag])
+    assert status == 2 and flag.split("=")[0].lstrip("-") in said.splitlines()[-1]
+
+
+# ---- how a script ends -------------------------------------------------------------------------------
+
+
+def raises(error):
+    def main(argv=None):
+        raise error
+    return main
+
+
+FULL = "the memory is full: try a smaller --batch_size, --block_size or --n_embd"
+
+
+@pytest.mark.parametrize("main, status, said", [
+    (raises(ValueError("a=1 is wrong")), 2, "a=1 is wrong"), (raises(FloatingPointError("a")), 2, "a"),
+    (raises(OSError("a")), 2, "a"), (raises(MemoryError()), 2, FULL),
+    (lambda argv: open("no/x"), 2, "no/x cannot be used (No such file or directory)"),
+    (lambda argv: torch.empty(10**15), 2, FULL), (lambda argv: torch.empty(2**62, 2**62), 2, FULL),
+    (raises(torch.OutOfMemoryError("CUDA out of memory. Tried ...")), 2, FULL),
+    (raises(KeyboardInterrupt()), 130, "interrupted"), (raises(KeyboardInterrupt("saved")), 130, "saved"),
+    (lambda argv: os.kill(os.getpid(), signal.SIGTERM), 130, "interrupted")])
+def test_what_a_user_can_mend_ends_with_one_sentence(main, status, said):
+    found, _, err = status_of(main, "")
+    assert (found, err.split(": ", 1)[1]) == (status, f"{said}\n")
+
+
+@pytest.mark.parametrize("bug", [RuntimeError("a"), ZeroDivisionError("a"), KeyError("a")], ids=repr)
+def test_a_bug_ends_with_its_traceback(bug):
+    with pytest.raises(type(bug)):
+        flags.run_main(raises(bug))
+
+
+def test_a_reader_that_goes_away_ends_a_script_silently():
+    script = "import plumbing.flags as f; f.run_main(lambda: [print(i, flush=True) for i in range(10**5)])"
+    with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=-1, stderr=-1) as process:
+        assert process.stdout.readline().strip() == b"0"
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait(600) == 141
+
+
+def test_the_flags_are_there_without_docstrings():
+    words = [sys.executable, "-OO", ROOT / "train.py", "--help"]
+    process = subprocess.run(words, capture_output=True, text=True, timeout=600)
+    assert FIELDS.keys() <= set(re.findall(r"--(\w+)", process.stdout)) and process.stderr == ""
+
+
+# ---- the machine -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:99", "meta", "nonsense", "", "cpu:x", "xpu", "vulkan"])
+def test_a_missing_device_is_refused_in_one_short_sentence(name, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "77")  # as in a process of torchrun, whose GPU has this number
+    with pytest.raises(ValueError) as error:
+        machine.choose_device(name)
+    said = str(error.value)
+    assert said.startswith(f"device={'cuda:77' if name == 'cuda' else name} cannot be used here (")
+    assert said.endswith("try --device=cpu") and len(said) < 180 and said.isprintable()
+
+
+@pytest.mark.parametrize("asked, environment, cpu_max, idle, threads", [  # idle: of 100 ticks of 8 cores
+    (3, "8", "200000 100000", 99, 3), (16, None, "200000 100000", 99, 16), (None, "8", "200000 100000", 9, 8),
+    (None, None, "250000 100000\n", 9, 2), (None, None, "50000 100000", 99, 1), (None, None, "", 75, 6),
+    (None, None, "900000 100000", 99, 8), (None, None, "max 100000\n", 43, 3), (None, None, "x", 0, 1)])
+def test_threads_are_as_asked_or_the_quota_or_the_idle_cores(monkeypatch, asked, environment, cpu_max, idle,
+                                                             threads):
+    looks = iter(["cpu  100 0 50 800 50 0\ncpu0 1 1", f"cpu  {200 - idle} 0 50 {800 + idle} 50 0\ncpu0 1 1"])
+    content = {"/sys/fs/cgroup/cpu.max": lambda: cpu_max, "/proc/stat": lambda: next(looks)}
+    monkeypatch.setattr(machine, "Path", lambda path: SimpleNamespace(read_text=content[path]))
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if environment:
+        monkeypatch.setenv("OMP_NUM_THREADS", environment)
+    chosen, why = machine.choose_threads(asked)
+    assert chosen == threads and (why == "as asked") == bool(asked or environment)
+
+
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+@pytest.mark.parametrize("name, device, able, stored, chosen", [  # able: to multiply bfloat16
+    ("auto", "cpu", True, None, F32), ("auto", "cuda", True, None, BF16), ("auto", "cuda", False, None, F32),
+    ("auto", "cpu", True, BF16, BF16), ("auto", "cpu", False, BF16, F32), ("auto", "cuda", True, F32, F32),
+    ("float32", "cuda", True, BF16, F32), ("bfloat16", "cpu", True, F32, BF16),
+    ("bfloat16", "cpu", False, None, BF16)])
+def test_the_precision_is_as_asked_or_fits_the_hardware(monkeypatch, name, device, able, stored, chosen):
+    monkeypatch.setattr(machine, "has_bfloat16", lambda device: able)
+    found, why = machine.choose_precision(name, torch.device(device), stored)
+    assert found == chosen and ("slow" in why) == (name == "bfloat16" and not able)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no compiler\nand a story" * 99), KeyError()], ids=type)
+def test_a_model_that_cannot_be_compiled_is_used_as_it_is(monkeypatch, error):
+    def compiled(idx, targets):
+        model(idx, targets)[1].backward()
+        raise error
+
+    monkeypatch.setattr(torch, "compile", lambda model: compiled)
+    model, idx = lively(tiny()), tokens(2, 8)
+    used, (on, why) = machine.try_compile(model, (idx, idx), nullcontext())
+    assert used is model and on == "off" and f"failed with {type(error).__name__}: " in why
+    assert why.isprintable() and len(why) < 300
+    assert model.training and all(p.grad is None for p in model.parameters())  # ready to train
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_ctrl_c_is_noted_and_the_second_acts_as_before(number, capsys):
+    calls = []
+    before = signal.signal(number, lambda number, frame: calls.append(number))
+    mine = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(ZeroDivisionError), machine.ctrl_c() as pressed:
+        os.kill(os.getpid(), number)
+        assert (pressed, calls) == ([number], []) and "Ctrl-C again stops now" in capsys.readouterr().err
+        os.kill(os.getpid(), number)
+        assert (pressed, calls) == ([number], [number])
+        raise ZeroDivisionError
+    restored = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    signal.signal(number, before)
+    assert restored == mine
+
+
+def test_a_thread_that_is_not_the_main_one_leaves_ctrl_c_alone():
+    def work():
+        with machine.ctrl_c() as pressed:
+            return pressed, signal.getsignal(signal.SIGINT)
+
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(work).result() == ([], signal.getsignal(signal.SIGINT))
+
+
+# ---- reports -----------------------------------------------------------------------------------------
+
+NAMES = {name: name for name in VARIANTS if "qa" not in name} | {
+    "sdpa-norm": "none-sdpa-norm", "sdpa-silu": "none-sdpa-silu", "sandwich": "none-sandwich",
+    "g1-sandwich-tied": "g1-sandwich", "g1-experts": "g1-moe", "g1-gqa": "g1", "g2-gqa-experts": "g2-moe"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_variant_has_a_name(name):
+    assert report.variant(tiny(**VARIANTS[name])) == NAMES[name]
+
+
+@pytest.mark.parametrize("attn_share", [True, False])
+@pytest.mark.parametrize("fields", [dict(), dict(gate="none"), dict(n_expert=2)], ids=str)
+def test_a_line_is_as_wide_as_its_heading_and_80_columns_are_enough(fields, attn_share):
+    columns = report.columns_of(tiny(**fields), attn_share)
+    row = dict(step=999_999, train_loss=12.34567, val_loss=math.nan, bits_per_byte=9.87654,
+               tokens_per_second=9_876_543.2, first_token_share=0.98765, uniform_share=0.01234,
+               gate_score=math.nan, max_activation=98765.43, max_expert_load=15.678)
+    head, line = report.heading(columns), report.line(row, columns)
+    assert len(head) == len(line) <= 80 and len(head.split()) == len(line.split()) == len(columns)
+    assert line.split()[:5] == ["999999", "12.3457", "-", "9.8765", "9,876,543"]
+
+
+def test_a_log_is_a_csv_file_with_all_columns(tmp_path):
+    report.write_log(tmp_path / "log.csv", [{"step": 3, "val_loss": 0.1 + 0.2, "layers": [1]}, {"step": 6}])
+    first, second = csv.DictReader((tmp_path / "log.csv").read_text().splitlines())
+    assert list(first) == list(report.COLUMNS) and float(first["val_loss"]) == 0.1 + 0.2
+    assert second["step"] == "6" and second["val_loss"] == "nan"
+
+
+def test_the_table_of_layers_shows_what_was_measured():
+    layers = measure(lively(tiny(gate="none")), tokens(2, 8))
+    title, head, *rows = report.layer_table(layers, 8).splitlines()
+    assert f"T=8; uniform attention would give {uniform_share(8):.3f}" in title
+    for i, (row, layer) in enumerate(zip(rows, layers, strict=True)):
+        most = int(np.argmax(layer["first_token_share_by_head"]))
+        expected = (f"{i} {layer['first_token_share']:.3f} {layer['first_token_share_by_head'][most]:.3f} in "
+                    f"{most} {layer['late_first_token_share']:.3f} - - {layer['max_activation']:.1f}")
+        assert row.split() == expected.split() and len(row) == len(head) <= 80
+
+
+def test_drawing_writes_a_png_and_leaves_pyplot_as_it_was(tmp_path):
+    matplotlib, pyplot = pytest.importorskip("matplotlib"), pytest.importorskip("matplotlib.pyplot")
+    before = matplotlib.get_backend(), pyplot.get_fignums(), dict(matplotlib.rcParams)
+    names = ["BOS", "$x", "東", "\\n", "🙂", "_", "a", "^"]
+    report.draw_maps(lively(tiny(n_layer=3)), tokens(1, 8), names, tmp_path / "map.png")
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert (matplotlib.get_backend(), pyplot.get_fignums(), dict(matplotlib.rcParams)) == before
