@@ -5,39 +5,31 @@ The paper's comparison, small: every gate and every control of its tables, train
     python experiments/compare_gates.py --task=python --variants=g1,g2 --seeds=5 --n_layer=6
     python experiments/compare_gates.py --task=backcopy --from_results   draw the figures again, no training
 
-A new variant is one new row of VARIANTS. Runs are kept in out/compare-TASK/ under a fingerprint of all that
-decides their outcome (flags, seed, data, and the code of gated_gpt.py but for its comments). So a comparison
-that was broken off goes on where it stopped, and two recipes are never mixed.
-Reading order: VARIANTS -> TASKS -> plan -> one_run -> run_all -> summary -> COLUMNS -> main.
+A new variant is one new row of VARIANTS. Runs are kept in out/compare-TASK/, so that the same command goes on
+where it was stopped: see experiments/runner.py.
+Reading order: VARIANTS -> TASKS -> configs_of -> closer_look -> summary -> COLUMNS -> main.
 """
 import argparse
-import ast
-import csv
 import dataclasses
-import hashlib
 import json
 import math
-import multiprocessing
-import os
-import platform
-import shlex
-import signal
 import statistics
 import sys
 from collections.abc import Callable
-from multiprocessing import connection
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees its own folder only
 import train
 from data import prepare
-from data.prepare import run_main
-from gated_gpt import GPT, GPTConfig, attention_maps, evaluating, uniform_share
-from sample import TABLE_4, bytes_of
+from data.tokenizers import bytes_of, get_tokenizer
+from experiments import runner
+from experiments.runner import RESULTS, cell, count, deviation, mean
+from gated_gpt import GPTConfig, evaluating, uniform_share
+from plumbing.flags import add_flags, run_main
+from plumbing.report import TABLE_4, attention_maps
 
 
 class Variant(NamedTuple):
@@ -79,8 +71,8 @@ VARIANTS = {
     "g1-headwise": Variant(dict(gate="g1", gate_kind="headwise"), "Table 1 #10", 5.792,
                            *TABLE_4["g1-headwise"]),
     "g2-headwise": Variant(dict(gate="g2", gate_kind="headwise"), "Table 1 #11", 5.808),
-    "g1-shared": Variant(dict(gate="g1", gate_share=True), "Table 1 #12", 5.801, *TABLE_4["g1-shared"]),
-    "g2-shared": Variant(dict(gate="g2", gate_share=True), "Table 1 #13", 5.867),
+    "g1-shared": Variant(dict(gate="g1", gate_shared=True), "Table 1 #12", 5.801, *TABLE_4["g1-shared"]),
+    "g2-shared": Variant(dict(gate="g2", gate_shared=True), "Table 1 #13", 5.867),
     # Other operations and activations
     "g1-add-silu": Variant(dict(gate="g1", gate_op="add", gate_act="silu"), "Table 1 #14", 5.821),
     "g1-silu": Variant(dict(gate="g1", gate_act="silu"), "Table 1 #15", 5.822),
@@ -114,48 +106,13 @@ TASKS = {
     "shakespeare": dict(data="shakespeare", n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12,
                         max_steps=2000),
 }
-RESULTS = Path(__file__).resolve().parent / "results"
 # What the comparison decides, so that there are no flags for it.
-DECIDED = {"gate", "gate_kind", "gate_share", "gate_act", "gate_op", "gate_input", "sdpa_norm", "sdpa_silu",
+DECIDED = {"gate", "gate_kind", "gate_shared", "gate_act", "gate_op", "gate_input", "sdpa_norm", "sdpa_silu",
            "norm", "n_expert", "n_expert_active", "expert_hidden", "vocab_size", "data", "out", "resume",
            "overwrite", "seed", "optimizer", "attn_share", "max_steps"}
-MACHINE = {"out", "resume", "overwrite", "threads"}  # doesn't change what a run learns
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The plan: which runs, of which size, and where they are kept
-
-
-class Job(NamedTuple):
-    """One run of one variant."""
-    name: str
-    seed: int
-    config: GPTConfig
-    c: train.TrainConfig
-    folder: Path
-
-    @property
-    def done(self):
-        """The file that one_run writes when the run is done."""
-        return self.folder / "done.json"
-
-    def steps(self):
-        """Steps done so far, by the last line of the run's log."""
-        log = self.folder / "log.csv"
-        last = log.read_text().strip().rpartition("\n")[2].partition(",")[0] if log.exists() else ""
-        return self.c.max_steps if self.done.exists() else int(last) if last.isdigit() else 0
-
-
-def count(config):
-    """Parameters of a model of this config, which is built without its numbers."""
-    with torch.device("meta"):
-        return GPT(config).num_params()
-
-
-def matched(config, parameters):
-    """`config` with the width inside the MLPs at which it comes closest to that number of parameters."""
-    spare, per_unit = count(config) - parameters, 3 * config.n_embd * config.n_layer  # a SwiGLU is 3 matrices
-    return dataclasses.replace(config, mlp_hidden=config.mlp_hidden - round(spare / per_unit))
+# ---- the runs --------------------------------------------------------------------------------------
 
 
 def configs_of(names, base, match_params=True, say=print):
@@ -163,78 +120,32 @@ def configs_of(names, base, match_params=True, say=print):
 
     Baselines join what is asked for. A variant that makes no sense here is left out, and `say` says why.
     """
-    names, found = set(names) | {VARIANTS[name].pair for name in names}, {}
+    names, found, size = set(names) | {VARIANTS[name].pair for name in names}, {}, count(base)
     for name, (change, *_, pair, _) in VARIANTS.items():
         try:
             if name in names:
                 config = dataclasses.replace(base, **(change(base) if callable(change) else change))
-                found[name] = matched(config, count(base)) if match_params and pair == "none" else config
+                found[name] = runner.matched(config, size) if match_params and pair == "none" else config
         except ValueError as why:
             say(f"{name} is left out: {why}")
     return found
-
-
-def code_of(path):
-    """Fingerprint of a Python file that comments, docstrings and line breaks don't change."""
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
-            node.body = node.body[1:]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
-
-
-def plan(task, configs, c, seeds, data):
-    """A Job for each seed and variant, seed by seed."""
-    jobs, code = [], code_of(Path(train.__file__).with_name("gated_gpt.py"))
-    for seed in range(seeds):
-        for name, config in configs.items():
-            run = dataclasses.replace(c, seed=seed)
-            decides = {k: v for k, v in dataclasses.asdict(run).items() if k not in MACHINE}
-            recipe = json.dumps([dataclasses.asdict(config), decides, data, code], sort_keys=True)
-            fingerprint = hashlib.sha256(recipe.encode()).hexdigest()[:8]
-            jobs.append(Job(name, seed, config, run, Path(f"out/compare-{task}/{name}-{seed}-{fingerprint}")))
-    return jobs
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Running it
-
-
-def one_run(job, say=lambda text: None):
-    """Train one run to its end, and write all that the table and the figures need to its done.json.
-
-    Goes on from the run's checkpoint if there is one. `say` is called at every evaluation.
-    """
-    last = job.folder / "last.pt"
-    c = dataclasses.replace(job.c, out=str(job.folder), resume=last.exists())
-    run, result = train.Run(job.config, c, say), {}
-    try:
-        run.loop(hide_bar=True)
-        result |= closer_look(run)
-    except FloatingPointError as error:
-        result["diverged"] = str(error)
-    temporary = job.folder / "done.json.tmp"
-    temporary.write_text(json.dumps(result | {"log": run.state["log"]}))
-    os.replace(temporary, job.done)  # so a done.json that is there is whole
-    if "diverged" not in result:  # two thirds of a checkpoint are the optimizer's, and of no more use
-        run.optimizers = []
-        run.save("last")
 
 
 BINS = 40  # of the gate-score histograms
 LOOK = 32  # tokens in the attention maps
 
 
-def closer_look(run):
+def closer_look(job, model):
     """What train.py does not measure, on validation data: a histogram of gate scores, and attention maps."""
-    model, limits = run.model, (0.0, 1.0) if "sigmoid" in run.model.config.gate_act else (-2.0, 2.0)
+    limits = (0.0, 1.0) if "sigmoid" in job.config.gate_act else (-2.0, 2.0)
     histogram = torch.zeros(BINS)
 
     def on_gate(gate, inputs, output):  # what lies beyond the limits counts in the outermost bins
         histogram.add_(torch.histc(gate.score(inputs[1]).float().cpu().clamp(*limits), BINS, *limits))
 
-    idx, _ = run.val_windows.at(run.val_windows.spaced(train.MEASURE_WINDOWS))
-    gates = [(block.attn.gate, on_gate) for block in model.blocks if model.config.gate != "none"]
+    *_, val_set = train.open_data(job.config, job.c, model.embed.weight.device)
+    idx, _ = val_set.at(val_set.spaced(train.MEASURE_WINDOWS))  # (64, T)
+    gates = [(block.attn.gate, on_gate) for block in model.blocks if job.config.gate != "none"]
     with torch.no_grad(), evaluating(model, gates):
         model(idx)
     text = idx[len(idx) // 2 + 1, None, :LOOK]  # (1, LOOK); on backcopy one with triggers
@@ -243,92 +154,7 @@ def closer_look(run):
             "text": text[0].tolist(), "maps": [[[round(p, 3) for p in row] for row in m] for m in maps]}
 
 
-def run_all(jobs, at_once):
-    """Run what isn't done yet, here or in `at_once` processes. KeyboardInterrupt comes once all is saved."""
-    todo = [job for job in jobs if not job.done.exists()]
-    if len(todo) < len(jobs):
-        print(f"{len(jobs) - len(todo)} of {len(jobs)} runs are done already, in {jobs[0].folder.parent}")
-    total, so_far = sum(job.c.max_steps for job in jobs), sum(job.steps() for job in jobs)
-    with tqdm(total=total, initial=so_far, unit="step", disable=None) as bar:
-        def tick(text=""):
-            bar.update(max(0, sum(job.steps() for job in jobs) - bar.n))
-            for job in [job for job in todo if job.done.exists()]:
-                todo.remove(job)
-                result = json.loads(job.done.read_text())
-                said = "val loss {val_loss:.4f}  share {first_token_share:.3f}"
-                said = result.get("diverged") or said.format(**result["log"][-1])
-                tqdm.write(f"{job.name:<16} seed {job.seed}  {said}")
-
-        if at_once > 1 and todo:
-            run_side_by_side(todo, at_once, tick)
-        for job in list(todo):
-            one_run(job, tick)
-            tick()
-
-
-def work_off(queue):
-    """A child process: run after run, until None comes. What a user can mend is said in one sentence."""
-    def work():
-        try:
-            for job in iter(queue.get, None):
-                one_run(job)
-        except KeyboardInterrupt:  # told to stop, and saved: the parent says what there is to say
-            sys.exit(130)
-    run_main(work)
-
-
-def run_side_by_side(todo, at_once, tick):
-    """Share the runs out among `at_once` processes. However this ends, no process is left behind."""
-    context = multiprocessing.get_context("spawn")
-    queue, running = context.Queue(), []
-    os.environ["OMP_NUM_THREADS"] = str(todo[0].c.threads)  # the children read it when they load torch
-    # Ctrl-C goes to all processes of a terminal. Only a training run has something to save, and listens by
-    # itself (train.stop_signals); a child that is just loading must not print a traceback.
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        for _ in range(at_once):
-            running.append(context.Process(target=work_off, args=(queue,)))
-            running[-1].start()
-        signal.signal(signal.SIGINT, handler)
-        for job in [*todo, *[None] * at_once]:
-            queue.put(job)
-        while running:
-            connection.wait([process.sentinel for process in running], timeout=1)
-            for process in [process for process in running if not process.is_alive()]:
-                running.remove(process)
-                if process.exitcode == 130:  # Ctrl-C, which came while this process was still starting others
-                    raise KeyboardInterrupt
-                if process.exitcode:
-                    raise ValueError(f"a run ended with status {process.exitcode}, see above; finished runs "
-                                     "stay")
-            tick()
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        queue.cancel_join_thread()  # nobody may be left to read what is in it
-        for process in running:
-            process.terminate()
-        for process in running:
-            process.join()
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The numbers
-
-
-def mean(values):
-    values = list(values)
-    return statistics.fmean(values) if values else math.nan
-
-
-def deviation(values):
-    """Standard deviation of a sample; nan for fewer than two values."""
-    values = list(values)
-    return statistics.stdev(values) if len(values) > 1 else math.nan
-
-
-def is_noise(difference, error):
-    """Whether a mean difference is below twice its standard error, or that is not known (one seed)."""
-    return not abs(difference) >= 2 * error
+# ---- the numbers -----------------------------------------------------------------------------------
 
 
 def late_floor(T):
@@ -366,7 +192,7 @@ def summary(name, config, results):
         "seeds": len(mine), "diverged": len(mine) - len(last),
         "val_loss": mean(each("val_loss")), "val_loss_sd": deviation(each("val_loss")),
         "difference": mean(difference), "difference_sd": deviation(difference), "difference_se": error,
-        "noise": "~" if difference and is_noise(mean(difference), error) else "",
+        "noise": "~" if difference and runner.is_noise(mean(difference), error) else "",
         "share": mean(each("first_token_share")), "share_sd": deviation(each("first_token_share")),
         "floor": uniform_share(config.block_size),
         "late_share": mean(map(late_share, last.values())), "late_floor": late_floor(config.block_size),
@@ -410,7 +236,7 @@ def pictures(results, tokenizer):
     if "none" in runs and "g1" in runs:  # both at the layer where the baseline's sink is strongest
         layer, text = layers["none"]["late"].index(max(layers["none"]["late"])), runs["none"][0]["text"]
         try:
-            tokens = [bytes_of(t, prepare.get_tokenizer(tokenizer)).decode("utf-8", "replace") for t in text]
+            tokens = [bytes_of(t, get_tokenizer(tokenizer)).decode("utf-8", "replace") for t in text]
         except OSError:  # GPT-2's tokenizer, offline
             tokens = [str(t) for t in text]
         maps = {"layer": layer, "tokens": ["BOS", *tokens[1:]],
@@ -418,8 +244,7 @@ def pictures(results, tokenizer):
     return {"layers": layers, "scores": scores, "maps": maps}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The table, on the screen and in files
+# ---- the table, on the screen and in files ---------------------------------------------------------
 
 COLUMNS = {  # of the md: (heading, format), by their name in the csv
     "variant": ("variant", ""), "parameters": ("parameters", ","), "val_loss": ("val loss", ".4f"),
@@ -438,135 +263,106 @@ SCREEN = {  # of the terminal, 80 characters wide: (heading, width)
     "paper_share": ("paper", 6),
 }
 NOTE = """
-Val loss: nats per token at the last step, mean and standard deviation (sd) over the seeds. Difference:
-to the baseline with the same seed (same values in every shared matrix, same batches); experts are
-compared with `moe`, all else with `none` (see the parameters). `~` marks seed noise: a mean
-difference below twice its standard error, sd / sqrt(seeds). With three seeds that is a lenient rule,
-which a variant that changes nothing would pass about one time in six. Share: attention probability on
-the first token, mean over queries, heads and layers. Late share: over queries t >= T/4 only, in the
-layer where it is largest. Time: seconds per step relative to the baseline, rough where runs share a
-machine. Load: visits to the busiest expert over the mean. The columns from `paper` on are the paper's,
-of its MoE model with 15 billion parameters (Table 2: dense, 1.7 billion): compare the order, not the
-size.
+Val loss: nats per token at the last step, mean and standard deviation (sd) over the seeds. Difference: to
+the baseline with the same seed (same values in every shared matrix, same batches); experts are compared
+with `moe`, all else with `none` (see the parameters). `~` marks seed noise: a mean difference below twice
+its standard error, sd / sqrt(seeds). With three seeds that is a lenient rule, which a variant that changes
+nothing would pass about one time in six. Share: attention probability on the first token, mean over
+queries, heads and layers. Late share: over queries t >= T/4 only, in the layer where it is largest. Time:
+seconds per step relative to the baseline, rough where runs share a machine. Load: visits to the busiest
+expert over the mean. The columns from `paper` on are the paper's, of its MoE model with 15 billion
+parameters (Table 2: dense, 1.7 billion): compare the order, not the size.
 """
-
-
-def text(row, key):
-    """A cell: a number in its format, - for nan."""
-    return "-" if row[key] != row[key] else format(row[key], COLUMNS[key][1])
 
 
 def screen_table(rows):
     """The most important columns, for a terminal."""
     def line(cells):
-        return "".join(f"{cell:<{-width}}" if width < 0 else f"{cell:>{width}}"
-                       for cell, (_, width) in zip(cells, SCREEN.values()))
+        return "".join(f"{text:<{-width}}" if width < 0 else f"{text:>{width}}"
+                       for text, (_, width) in zip(cells, SCREEN.values()))
     lines = [line(heading for heading, _ in SCREEN.values())]
-    lines += [line(text(row, key) for key in SCREEN) for row in rows]
+    lines += [line(cell(row, key, COLUMNS) for key in SCREEN) for row in rows]
     lines += [f"{row['variant']}: {row['diverged']} of {row['seeds']} runs diverged and are left out"
               for row in rows if row["diverged"]]
     return "\n".join(lines)
 
 
-def markdown(task, rows, head):
-    """All columns, below what made them."""
-    def line(cells):
-        return f"| {' | '.join(cells)} |"
-    lines = [f"# compare_gates: {task}\n", *(f"- {what}: {said}" for what, said in head.items()), NOTE]
-    lines += [line(heading for heading, _ in COLUMNS.values())]
-    lines += [line("---:" if form else "---" for _, form in COLUMNS.values())]
-    return "\n".join([*lines, *(line(text(row, key) for key in COLUMNS) for row in rows), ""])
-
-
-def write_csv(path, rows):
-    """Rows as a csv file, with five digits; rows may be none."""
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys() if rows else ["variant"])
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The command line
+# ---- the command line ------------------------------------------------------------------------------
 
 
 def parse_flags(argv=None):
     """(all flags, names of the variants asked for, the flags that override the task's recipe)"""
-    parser = argparse.ArgumentParser(prog="compare_gates.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = runner.run_parser(__doc__, "compare_gates.py")
     parser.add_argument("--task", default="backcopy", help=f"{', '.join(TASKS)}, or the NAME of a prepared "
                         "data set, trained like python; the groups of flags below override its recipe "
                         "[%(default)s]")
     parser.add_argument("--variants", help=f"some of {','.join(VARIANTS)} [all]")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each variant [%(default)s]")
     parser.add_argument("--steps", type=int, help="optimizer steps of a run [the task's]")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, on shared threads [%(default)s]")
     parser.add_argument("--match_params", action=argparse.BooleanOptionalAction, default=True,
                         help="shrink the MLPs of dense variants to the baseline's total [on]")
     parser.add_argument("--results", type=Path, help="folder for table and figures [experiments/results for "
                         "all variants, three seeds or more and the task's own recipe, else out/compare-TASK]")
     parser.add_argument("--from_results", action="store_true", help="only redraw the figures in --results")
-    train.add_flags(parser, GPTConfig, train.TrainConfig, skip=DECIDED)
-    flags = vars(parser.parse_args(argv))
-    for name in ("seeds", "jobs", "steps"):
-        if flags[name] is not None and flags[name] < 1:
-            raise ValueError(f"{name}={flags[name]} must be at least 1")
-    names = flags["variants"].split(",") if flags["variants"] else list(VARIANTS)
-    if unknown := [name for name in names if name not in VARIANTS]:
-        raise ValueError(f"variants={flags['variants']}: {unknown[0]!r} is none of {', '.join(VARIANTS)}")
+    add_flags(parser, GPTConfig, train.TrainConfig, skip=DECIDED)
+    flags = parser.parse_args(argv)
+    runner.at_least_one(flags, "seeds", "jobs", "steps")
+    names = chosen(flags.variants)
     fields = {f.name for cls in (GPTConfig, train.TrainConfig) for f in dataclasses.fields(cls)}
-    recipe = {name: value for name, value in flags.items() if name in fields}
+    recipe = {name: value for name, value in vars(flags).items() if name in fields}
     # A quick trial must not replace the recorded results, which the README speaks of.
-    trial = (flags["variants"] or flags["steps"] or flags["seeds"] < 3 or not flags["match_params"]
-             or set(recipe) - MACHINE)
-    flags["results"] = flags["results"] or (Path(f"out/compare-{flags['task']}") if trial else RESULTS)
+    trial = (flags.variants or flags.steps or flags.seeds < 3 or not flags.match_params
+             or set(recipe) - runner.MACHINE)
+    flags.results = flags.results or (Path(f"out/compare-{flags.task}") if trial else RESULTS)
     return flags, names, recipe
 
 
+def chosen(variants):
+    """Names of the variants in a flag such as "g1,g2"; all of them if it is not given."""
+    names = variants.split(",") if variants else list(VARIANTS)
+    if unknown := [name for name in names if name not in VARIANTS]:
+        raise ValueError(f"variants={variants}: {unknown[0]!r} is none of {', '.join(VARIANTS)}")
+    return names
+
+
+def values_of(flags, recipe):
+    """The values of the two configs' fields: the task's, below the flags'. And the meta of the data."""
+    values = (TASKS.get(flags.task) or TASKS["python"] | {"data": flags.task}) | recipe
+    values |= {"gate": "none", "optimizer": "adamw", "attn_share": True}
+    values["max_steps"] = flags.steps or values["max_steps"]
+    values["eval_every"] = recipe.get("eval_every", math.ceil(values["max_steps"] / 12))  # enough for a curve
+    meta, _ = prepare.load(values["data"])
+    return values, meta
+
+
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
     flags, names, recipe = parse_flags(argv)
     try:
-        from experiments import figures  # here, since the processes that train don't need matplotlib
+        from experiments import figures  # here, because the processes that train do not need matplotlib
     except ImportError:
         raise ValueError("the figures need matplotlib: pip install -r experiments/requirements.txt") from None
-    task, folder, at_once = flags["task"], flags["results"], flags["jobs"]
-    if flags["from_results"]:
+    task, folder = flags.task, flags.results
+    if flags.from_results:
         return print("\n".join(map(str, figures.draw(folder, task))))
 
-    values = TASKS.get(task) or TASKS["python"] | {"data": task}
-    values = values | recipe | {"gate": "none", "optimizer": "adamw", "attn_share": True}
-    values["max_steps"] = flags["steps"] or values["max_steps"]
-    values["eval_every"] = recipe.get("eval_every", math.ceil(values["max_steps"] / 12))  # enough for a curve
-    if at_once > 1:
-        values["threads"] = recipe.get("threads", max(1, torch.get_num_threads() // at_once))
-    meta, _ = train.open_data(values["data"])
+    values, meta = values_of(flags, recipe)
     base, c = train.make_configs(values | {"vocab_size": meta["vocab_size"]})
-    device, why = train.choose_device(c.device)
-    configs = configs_of(names, base, flags["match_params"])
-    jobs = plan(task, configs, c, flags["seeds"], meta["train"]["sha256"])
-    try:
-        run_all(jobs, at_once)
-    except KeyboardInterrupt:
-        done = sum(job.done.exists() for job in jobs)
-        raise KeyboardInterrupt(f"{done} of {len(jobs)} runs are done; the same command goes on") from None
+    configs = configs_of(names, base, flags.match_params)
+    recipes = {name: (config, c) for name, config in configs.items()}
+    results = runner.run_all(runner.plan(f"compare-{task}", recipes, flags.seeds, closer_look), flags.jobs)
 
-    results = {(job.name, job.seed): json.loads(job.done.read_text()) for job in jobs}
     rows = [summary(name, config, results) for name, config in configs.items()]
-    floor = uniform_share(base.block_size)
-    recipe = {k: v for k, v in sorted(values.items()) if k not in MACHINE | {"gate", "attn_share"}}
-    argv, threads = sys.argv[1:] if argv is None else argv, c.threads or torch.get_num_threads()
-    head = {"command": f"`python experiments/compare_gates.py {shlex.join(argv)}`",
-            "machine": f"{why if device.type == 'cuda' else device} ({platform.machine()}), runs at a time: "
-                       f"{at_once}, threads each: {threads}, torch {torch.__version__}",
-            "recipe": " ".join(f"{k}={v}" for k, v in recipe.items()),
-            "runs": f"{c.max_steps:,} steps, {flags['seeds']} seeds; baseline: {count(base):,} parameters",
-            "floor": f"share {floor:.3f} and late share {late_floor(base.block_size):.3f}, which is what "
-                     f"uniform attention has at T={base.block_size}"}
+    T, floor = base.block_size, uniform_share(base.block_size)
+    recipe = {k: v for k, v in sorted(values.items()) if k not in runner.MACHINE | {"gate", "attn_share"}}
+    head = runner.head(
+        "compare_gates.py", argv, c, flags.jobs, recipe=" ".join(f"{k}={v}" for k, v in recipe.items()),
+        runs=f"{c.max_steps:,} steps, {flags.seeds} seeds; baseline: {count(base):,} parameters",
+        floor=f"share {floor:.3f} and late share {late_floor(T):.3f}, which is what uniform attention has at "
+              f"T={T}")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{task}.md").write_text(markdown(task, rows, head))
-    write_csv(folder / f"{task}.csv", rows)
-    write_csv(folder / f"{task}_runs.csv", curves(results))
+    (folder / f"{task}.md").write_text(runner.markdown(f"compare_gates: {task}", head, NOTE, rows, COLUMNS))
+    runner.write_csv(folder / f"{task}.csv", rows)
+    runner.write_csv(folder / f"{task}_runs.csv", curves(results))
     (folder / f"{task}_figures.json").write_text(json.dumps(pictures(results, meta["tokenizer"])))
     print(f"\n{screen_table(rows)}\n\nfloor of the share, uniform attention: {floor:.3f}; ~: seed noise\n"
           f"all columns, and what they mean: {folder / task}.md")

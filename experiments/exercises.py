@@ -4,17 +4,15 @@ The numbers of exercises.md: does what each exercise says, edits included, and r
     python experiments/exercises.py            every exercise that states a share, for seeds 0, 1 and 2
     python experiments/exercises.py --jobs=2   two at a time
 
-An edit is a ```diff block whose first line names the file; what one runs is in ```sh and ```python blocks.
-Each run has a copy of the project to itself, in out/exercises/, so nothing of yours is edited. A copy that
-is finished says so in its printed.json, and is not run again while the exercise stays as it is; when the
-project's own code has changed, delete out/exercises first. Needs matplotlib and pytest.
+An edit is a ```diff block whose first line names the file. What is run is in ```sh and ```python blocks. Each
+run has its own copy of the project in out/exercises/, so nothing of yours is edited. A copy that is finished
+has a printed.json, and is not run again while the exercise stays as it is. If you change the project's own
+code, delete out/exercises first. Needs matplotlib and pytest.
 Reading order: Exercise -> read -> copy_project -> do -> do_all -> record.
 """
-import argparse
 import concurrent.futures
 import csv
 import json
-import platform
 import re
 import shlex
 import shutil
@@ -24,14 +22,13 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees its own folder only
-from data.prepare import run_main
-
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "experiments" / "results"
+from experiments import runner
+from experiments.runner import RESULTS, ROOT
+from plumbing.flags import run_main
+from train import TrainConfig
 
 
 class Exercise(NamedTuple):
@@ -108,40 +105,34 @@ def do_all(exercise, seed, threads):
         return list(csv.DictReader(file))[-1] | {"printed": "; ".join(json.loads(done.read_text()))}
 
 
-def record(exercises, results, seeds, machine):
+def record(exercises, results, seeds, head):
     """Write exercises.csv and exercises.md from results {(number, seed): the last row of the log}."""
-    columns = {"share": "first_token_share", "gate_score": "gate_score", "max_activation": "max_activation",
-               "val_loss": "val_loss"}
     rows = []
     for e in exercises:
         mine = [results[e.number, seed] for seed in range(seeds)]
-        command = next(shlex.join(["python", *what]) for kind, what in e.steps
-                       if kind == "sh" and what[0] == "train.py")
-        rows.append({"exercise": e.number, "title": e.title, "command": command, "edited": bool(e.edits),
-                     **{short: " / ".join(f"{float(row[name]):.3f}" for row in mine)
-                        for short, name in columns.items()},
-                     "floor": f"{float(mine[0]['uniform_share']):.3f}",
+
+        def each(name, mine=mine):
+            return " / ".join(f"{float(row[name]):.3f}" for row in mine)
+
+        command = next(what for kind, what in e.steps if kind == "sh" and what[0] == "train.py")
+        rows.append({"exercise": e.number, "title": e.title, "command": shlex.join(["python", *command]),
+                     "edited": bool(e.edits), "share": each("first_token_share"),
+                     "gate_score": each("gate_score"), "max_activation": each("max_activation"),
+                     "val_loss": each("val_loss"), "floor": f"{float(mine[0]['uniform_share']):.3f}",
                      "printed": " / ".join(row["printed"] for row in mine)})
     RESULTS.mkdir(exist_ok=True)
-    with open(RESULTS / "exercises.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    lines = [f"# exercises.md, seeds 0 to {seeds - 1}\n", *(f"- {k}: {v}" for k, v in machine.items()), "",
-             f"| {' | '.join(rows[0])} |", "| " + "--- | " * len(rows[0])]
-    lines += [f"| {' | '.join(map(str, row.values()))} |" for row in rows]
-    (RESULTS / "exercises.md").write_text("\n".join(lines).replace("nan", "-") + "\n")
+    runner.write_csv(RESULTS / "exercises.csv", rows)
+    text = runner.markdown(f"exercises.md, seeds 0 to {seeds - 1}", head, "", rows,
+                           {name: (name, "") for name in rows[0]})
+    (RESULTS / "exercises.md").write_text(text.replace("nan", "-"))
+    print(text)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="exercises.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each exercise [%(default)s]")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, on shared threads [%(default)s]")
-    flags = parser.parse_args(argv)
-    if min(flags.seeds, flags.jobs) < 1:
-        raise ValueError(f"seeds={flags.seeds} and jobs={flags.jobs} must be at least 1")
-    threads = max(1, torch.get_num_threads() // flags.jobs)
+    argv = sys.argv[1:] if argv is None else argv
+    flags = runner.run_parser(__doc__, "exercises.py").parse_args(argv)
+    runner.at_least_one(flags, "seeds", "jobs")
+    threads = runner.threads_each(flags.jobs)
     exercises = [e for e in read((ROOT / "exercises.md").read_text()) if e.recorded]
     todo, results = [(e, seed) for seed in range(flags.seeds) for e in exercises], {}
     with concurrent.futures.ThreadPoolExecutor(flags.jobs) as pool:
@@ -152,11 +143,7 @@ def main(argv=None):
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    record(exercises, results, flags.seeds, {
-        "command": f"`python {shlex.join(['experiments/exercises.py', *(argv or sys.argv[1:])])}`",
-        "machine": f"cpu ({platform.machine()}), runs at a time: {flags.jobs}, threads each: {threads}, "
-                   f"torch {torch.__version__}"})
-    print((RESULTS / "exercises.md").read_text())
+    record(exercises, results, flags.seeds, runner.head("exercises.py", argv, TrainConfig(), flags.jobs))
 
 
 if __name__ == "__main__":

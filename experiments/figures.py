@@ -1,12 +1,13 @@
 """
 The figures of compare_gates.py, drawn from the files it wrote: TASK.csv, TASK_runs.csv and TASK_figures.json.
 
-Whatever must be told apart is told apart without colour, too: by a panel of its own, by filled and hollow
-marks, by shades of grey with the number written in. Colours are Okabe and Ito's, made for the colour-blind.
+What must be told apart is told apart without colour, too: by a panel of its own, by filled and hollow marks,
+by shades of grey with the number written in. The colours are Okabe and Ito's, for the colour-blind. All
+figures of an experiment go through `save`, which gives them this style.
 """
-import csv
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -14,41 +15,21 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from experiments.runner import read_csv
+
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "0.55"
 STYLE = {"font.size": 8, "axes.titlesize": 8, "figure.labelsize": 8, "figure.titlesize": 8,
          "axes.spines.top": False, "axes.spines.right": False, "figure.constrained_layout.use": True,
          "savefig.dpi": 150}
 
 
-def read_csv(path):
-    """Rows as dicts, with numbers where the text is one."""
-    def value(text):
-        try:
-            return float(text)
-        except ValueError:
-            return text
-
-    with open(path, newline="") as file:
-        return [{k: value(v) for k, v in row.items()} for row in csv.DictReader(file)]
-
-
-def draw(folder, task):
-    """Draw the figures of a task in `folder`; returns their paths. ValueError if there was no comparison."""
-    try:
-        rows, curves = (read_csv(Path(folder, f"{task}{end}.csv")) for end in ("", "_runs"))
-        content = json.loads(Path(folder, f"{task}_figures.json").read_text())
-    except FileNotFoundError as error:
-        raise ValueError(f"{error.filename} is not there: python experiments/compare_gates.py --task={task} "
-                         "makes it") from None
-    rows, made = {row["variant"]: row for row in rows}, []
+def save(folder, prefix, figures):
+    """Draw {name: function that makes a figure, or None} to folder/prefix_name.png; returns the paths."""
+    made = []
     with plt.rc_context(STYLE):
-        for name, figure in {"sink": draw_sink(rows, curves), "share": draw_share(rows, curves),
-                             "loss": draw_loss(rows),
-                             "scores": draw_scores(rows, content["scores"]),
-                             "maps": draw_maps(content["maps"]),
-                             "layers": draw_layers(rows, content["layers"])}.items():
-            if figure is not None:
-                made.append(Path(folder, f"{task}_{name}.png"))
+        for name, make in figures.items():
+            if (figure := make()) is not None:
+                made.append(Path(folder, f"{prefix}_{name}.png"))
                 figure.savefig(made[-1])
                 plt.close(figure)
     return made
@@ -64,6 +45,21 @@ def panels(count, **options):
         axes.flat[place].set_axis_off()
         axes.flat[place - columns].tick_params(labelbottom=True)  # now the lowest of its column
     return figure, axes.flat[:count]
+
+
+def draw(folder, task):
+    """Draw the figures of a task in `folder`; returns their paths. ValueError if there was no comparison."""
+    try:
+        rows, curves = (read_csv(Path(folder, f"{task}{end}.csv")) for end in ("", "_runs"))
+        content = json.loads(Path(folder, f"{task}_figures.json").read_text())
+    except FileNotFoundError as error:
+        raise ValueError(f"{error.filename} is not there: python experiments/compare_gates.py --task={task} "
+                         "makes it") from None
+    rows = {row["variant"]: row for row in rows}
+    return save(folder, task, {
+        "sink": partial(draw_sink, rows, curves), "share": partial(draw_share, rows, curves),
+        "loss": partial(draw_loss, rows), "scores": partial(draw_scores, rows, content["scores"]),
+        "maps": partial(draw_maps, content["maps"]), "layers": partial(draw_layers, rows, content["layers"])})
 
 
 def over_seeds(curves, variant):

@@ -15,7 +15,6 @@ that is now above 1, now below, is called noise. With --nanogpt=FOLDER, a clone 
 that you made yourself, nanoGPT runs beside `train`, `to_loss` and `sample`; nothing of it is in here.
 Reading order: alternate -> ratio_table -> the candidates -> the tables, from training_table on -> main.
 """
-import argparse
 import contextlib
 import dataclasses
 import importlib.util
@@ -33,6 +32,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,15 +44,15 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees its own folder only
 import train
 from data import prepare
-from data.prepare import run_main
-from experiments.compare_gates import DECIDED, RESULTS, VARIANTS, configs_of
-from gated_gpt import GPT, GPTConfig, load_checkpoint, measure, save_checkpoint
-from sample import checkpoint_in
+from experiments.compare_gates import DECIDED, VARIANTS, chosen, configs_of
+from experiments.runner import RESULTS, ROOT
+from gated_gpt import GPT, GPTConfig, measure
+from plumbing import checkpoint
+from plumbing.flags import add_flags, parser_of, run_main
+from plumbing.machine import autocast, choose_device, choose_precision, has_bfloat16, try_compile
+from plumbing.report import variant
 
-ROOT = Path(__file__).resolve().parents[1]
-
-# ------------------------------------------------------------------------------------------------------------
-# Taking turns, and the table that comes of it
+# ---- taking turns, and the table that comes of it --------------------------------------------------
 
 WARM_UP = 3  # calls of each candidate before anything counts
 
@@ -118,34 +118,49 @@ def rates(times, tokens):
     return {name: [1e3 * tokens[name] / t for t in mine] for name, mine in times.items()}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The candidates: runs of train.py, and nanoGPT beside them
+# ---- the candidates: training steps of ours, and of nanoGPT beside them ----------------------------
 
 
-def device_of(c):
-    """(device, precision, whether to compile), chosen as train.py does."""
-    device, _ = train.choose_device(c.device)
-    dtype, _ = train.choose_dtype(c.dtype, device)
-    precision = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    return device, precision, device.type == "cuda" if c.compile is None else c.compile
+class Run(NamedTuple):
+    """What train.train makes before its first step. `fast` is the same model, perhaps compiled."""
+    c: train.TrainConfig
+    model: GPT
+    fast: Callable
+    optimizers: list
+    windows: train.Windows
+    device: torch.device
+    precision: contextlib.AbstractContextManager
 
 
 def open_run(values):
-    """A train.Run that says nothing and keeps nothing. ValueError if it should be compiled and is not."""
-    with tempfile.TemporaryDirectory() as folder:
-        config, c = train.make_configs(values | {"out": folder})
-        run = train.Run(config, c, say=lambda text: None)
-    if device_of(c)[2] and run.fast is run.model:
-        raise ValueError(f"gate {config.variant} can't be compiled here (train.py --compile says why): leave "
-                         "it out, or take --no-compile")
-    return run
+    """A Run of these values of the configs' fields. ValueError if it should be compiled and cannot be."""
+    config, c = train.make_configs(values)
+    device, precision = machine_of(c)
+    config, meta, windows, _ = train.open_data(config, c, device)
+    model, optimizers, _ = train.start(config, c, meta, device)
+    fast, (_, why) = try_compile(model, windows.of_step(0, c)[0], precision, c.compile)
+    if "failed" in why:
+        raise ValueError(f"gate {variant(config)} cannot be compiled here ({why}): leave it out, or add "
+                         "--no-compile")
+    return Run(c, model, fast, optimizers, windows, device, precision)
+
+
+def machine_of(c):
+    """(device, context for the forward) as train.py chooses them."""
+    device, _ = choose_device(c.device)
+    dtype, _ = choose_precision(c.dtype, device)
+    return device, autocast(dtype, device)
 
 
 def step_of(run):
     """A callable that makes one training step of a run: batch, forward, backward, clipping, optimizer."""
+    c, steps = run.c, count()
+
     def step():
-        run.step()
-        run.state["step"] += 1
+        run.model.train()
+        i = next(steps)
+        rate = train.learning_rate_at(i, c)
+        train.train_step(run.fast, run.optimizers, run.windows.of_step(i, c), rate, c, run.precision)
     return step
 
 
@@ -169,8 +184,8 @@ def nanogpt_step_of(model, run):
     with contextlib.redirect_stdout(io.StringIO()):
         optimizer = model.configure_optimizers(c.weight_decay, c.learning_rate, (c.beta1, c.beta2),
                                                run.device.type)
-    fast = torch.compile(model) if device_of(c)[2] else model
-    file, on_gpu = train.open_data(c.data)[1]["train"], run.device.type == "cuda"
+    fast = torch.compile(model) if run.fast is not run.model else model
+    file, on_gpu = prepare.load(c.data)[1]["train"], run.device.type == "cuda"
 
     def batch():  # the file mapped anew, each window a copy of its own, then stacked
         tokens = np.memmap(file.filename, file.dtype, mode="r")
@@ -193,26 +208,45 @@ def nanogpt_step_of(model, run):
     return step
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The tables: each function gets the flags and the values of the configs' fields, and returns Markdown
+# ---- the tables: each function gets the flags and the values of the configs' fields, returns Markdown --
+
+# Dense bfloat16 peak in TFLOP/s, from NVIDIA's data sheets, by what the GPU's name contains; the first match.
+PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312,
+               "L40S": 362, "L4": 121, "A10G": 70, "RTX 4090": 165, "RTX 3090": 71}
+
+
+def utilization(speeds, runs):
+    """A sentence: which part of the GPU's peak each run uses. Nothing for a device without a known peak.
+
+    FLOP of a token of a dense model, forward and backward (PaLM, arXiv 2204.02311, appendix B): six for each
+    weight that multiplies (the embedding only looks up), and 12 L nh hs T for attention.
+    """
+    name, used = chip(next(iter(runs.values())).device), []
+    peak = next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+    for name, run in runs.items() if peak else ():
+        c = run.model.config
+        looked_up = 0 if c.tie_embeddings else c.vocab_size * c.n_embd
+        flops = (6 * (run.model.num_params() - looked_up)
+                 + 12 * c.n_layer * c.n_head * c.head_dim * c.block_size) * statistics.median(speeds[name])
+        used.append(f"{name} {flops / peak / 1e12:.1%}")
+    return f"\nMFU, of a peak of {peak} TFLOP/s in bfloat16: {', '.join(used)}.\n" if used else ""
 
 
 def training_table(flags, values):
     """Tokens a second in training, with and without the gate."""
     runs = {f"{gate} {optimizer}": open_run(values | {"gate": gate, "optimizer": optimizer})
             for optimizer in ("adamw", "muon") for gate in ("none", "g1")}
-    models, steps = ({name: run.model for name, run in runs.items()},
-                     {name: step_of(run) for name, run in runs.items()})
-    one = runs["none adamw"]
+    steps, one = {name: step_of(run) for name, run in runs.items()}, runs["none adamw"]
+    models = {"none": one.model, "g1": runs["g1 adamw"].model}
     if flags.nanogpt:  # first, and so the base
         models = {"nanoGPT": nanogpt(flags.nanogpt, one.model.config)} | models
         steps = {"nanoGPT": nanogpt_step_of(models["nanoGPT"], one)} | steps
     times = alternate(steps, flags.rounds, flags.seconds)
-    tokens = one.c.batch_size * one.model.config.block_size
-    sizes = {name.split()[0]: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
-    return ratio_table("tokens/s", rates(times, dict.fromkeys(times, tokens))) + (
-        "\nTraining steps, whole: batch, forward, backward, clipping, optimizer; no logging. Parameters: "
-        + ", ".join(f"{name} {size:,}" for name, size in sizes.items()) + ".\n")
+    speeds = rates(times, dict.fromkeys(times, one.c.batch_size * one.model.config.block_size))
+    sizes = ", ".join(f"{name} {sum(p.numel() for p in m.parameters()):,}" for name, m in models.items())
+    return f"""{ratio_table("tokens/s", speeds)}{utilization(speeds, runs)}
+Training steps, whole: batch, forward, backward, clipping, optimizer; no logging. Parameters: {sizes}.
+"""
 
 
 SHORT = ("--data=shakespeare --preset=laptop --block_size=64 --batch_size=16 --learning_rate=7e-3 "
@@ -284,11 +318,11 @@ The last losses, round by round, for each seed from 0 on:
 
 def ours_for(recipes, out):
     """`runs` of race for {name: flags of train.py}; the runs end up in `out`/name-seed."""
-    def commands(name):
-        return lambda seed: [str(ROOT / "train.py"), "--device=cpu", *shlex.split(recipes[name]),
-                             f"--seed={seed}", f"--out={Path(out, f'{name}-{seed}')}"]
+    def command(name, seed):
+        return [str(ROOT / "train.py"), "--device=cpu", *shlex.split(recipes[name]), f"--seed={seed}",
+                f"--out={Path(out, f'{name}-{seed}')}"]
 
-    return {name: (out, commands(name), LOSSES["ours"]) for name in recipes}
+    return {name: (out, partial(command, name), LOSSES["ours"]) for name in recipes}
 
 
 def said(recipes):
@@ -316,9 +350,8 @@ def to_loss_table(flags, values):
         table = race({"nanoGPT": (theirs, lambda seed: command, LOSSES["nanoGPT"])} | ours_for(recipes, out),
                      flags)
         for name in recipes:
-            models = (load_checkpoint(checkpoint_in(Path(out, f"{name}-{seed}"), "best"))[0]
-                      for seed in range(flags.seeds))
-            later = " ".join(f"{later_loss(model, *shakespeare):.4f}" for model in models)
+            files = (Path(out, f"{name}-{seed}", "best.pt") for seed in range(flags.seeds))
+            later = " ".join(f"{later_loss(checkpoint.load(file)[0], *shakespeare):.4f}" for file in files)
             table += f"- {name}, from token 2 on: {later}\n"
     return f"""{table}
 - nanoGPT: `python train.py {flags.theirs}`
@@ -333,7 +366,7 @@ best checkpoint. In both a token is a byte.
 def sampling_table(flags, values):
     """New tokens a second with the key/value cache, and how soon the first one comes."""
     config, c = train.make_configs(values)
-    device, _, _ = device_of(c)
+    device, _ = choose_device(c.device)
     model, n, k = GPT(config).to(device), flags.tokens, min(flags.positions, flags.tokens)
     rival = nanogpt(flags.nanogpt, config).to(device).eval() if flags.nanogpt else None
     speed, bases = {}, {}
@@ -355,7 +388,7 @@ def sampling_table(flags, values):
         bases |= dict.fromkeys(calls, names[0] if rival else "ours x 1")
     note = f"\nnanoGPT has no cache; {k} of {n} tokens are timed, at evenly spaced lengths." if rival else ""
     return f"""{ratio_table("tokens/s", speed, bases)}
-{n} new tokens after one, for 1 text and for 16 at once; temperature 1, gate {config.variant}.{note}
+{n} new tokens after one, for 1 text and for 16 at once; temperature 1, gate {variant(config)}.{note}
 
 Start-up: a process that does no more than import torch, and one of sample.py for one token of a tiny model.
 
@@ -366,7 +399,8 @@ def start_up(flags):
     """{name: [milliseconds]} of sample.py with one token from a tiny model, and of importing torch."""
     with tempfile.TemporaryDirectory() as folder:
         path, model = Path(folder, "tiny.pt"), GPT(GPTConfig(vocab_size=257, n_layer=1, n_head=1, n_embd=16))
-        save_checkpoint(path, model, {"tokenizer": "bytes", "step": 0, "train_config": {"data": "none"}})
+        checkpoint.save(path, {"config": dataclasses.asdict(model.config), "model": model.state_dict(),
+                               "tokenizer": "bytes", "step": 0, "train_config": {"data": "none"}})
         commands = {"import torch": ["-c", "import torch"],
                     "sample.py": [ROOT / "sample.py", f"--ckpt={path}", "--tokens=1"]}
         return alternate({name: partial(subprocess.run, [sys.executable, *command], check=True,
@@ -379,14 +413,11 @@ DECODED = 100  # tokens in a call of the gate table
 
 def gate_table(flags, values):
     """What every gate adds to a forward, to a training step and to decoding."""
-    names = flags.variants.split(",") if flags.variants else list(VARIANTS)
-    if unknown := [name for name in names if name not in VARIANTS]:
-        raise ValueError(f"variants={flags.variants}: {unknown[0]!r} is none of {', '.join(VARIANTS)}")
     base, _ = train.make_configs(values | {"gate": "none"})
     runs = {name: open_run(values | dataclasses.asdict(config))
-            for name, config in configs_of(names, base).items()}
+            for name, config in configs_of(chosen(flags.variants), base).items()}
     bases, one = {name: VARIANTS[name].pair for name in runs}, next(iter(runs.values()))
-    batch = one.train_windows.at(one.train_windows.spaced(one.c.batch_size))  # (B, T) each
+    batch = one.windows.at(one.windows.spaced(one.c.batch_size))  # (B, T) each
     n = min(DECODED, base.block_size - 1)
 
     @torch.no_grad()
@@ -413,20 +444,18 @@ percent, mixtures of experts by `moe`. Training is with {one.c.optimizer}; decod
 
 def looks(config, c):
     """({name: callable of idx}, idx): a plain forward, and measure, on windows that are full."""
-    device, precision, _ = device_of(c)
+    device, precision = machine_of(c)
     model = GPT(config).to(device).eval()
 
-    @torch.no_grad()
-    def plain_forward(idx):
-        with precision:
-            model(idx)
-
-    def measured(idx):
-        with precision:
-            measure(model, idx)
+    def look(function):
+        @torch.no_grad()
+        def call(idx):
+            with precision:
+                function(model, idx)
+        return call
 
     idx = torch.randint(config.vocab_size, (c.batch_size, config.block_size), device=device)  # (B, T)
-    return {"plain forward": plain_forward, "measure": measured}, idx
+    return {"plain forward": look(GPT.forward), "measure": look(measure)}, idx
 
 
 def peak_memory(name, config, c):
@@ -496,8 +525,7 @@ def scaling_table(flags, values):
     return text + "Exponents: least squares in the logarithms, a fit for each round.\n"
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The command line
+# ---- the command line ------------------------------------------------------------------------------
 
 
 class Table(NamedTuple):
@@ -545,16 +573,19 @@ def chip(device):
     return (re.search(r"^model name\s*: (.+)$", told, re.MULTILINE) or [0, platform.machine()])[1]
 
 
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}  # read once, when torch is loaded
+
+
 def parse_flags(argv):
     """(flags, the fields of the two configs that were given)"""
-    parser = argparse.ArgumentParser(prog="speed.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    tables = parser.add_subparsers(dest="table", required=True, metavar="TABLE")
+    parser = parser_of(__doc__, "speed.py", "TABLE [--flag=value ...]")
+    tables = parser.add_subparsers(prog="speed.py", dest="table", required=True, metavar="TABLE")
     model, training = ({f.name for f in dataclasses.fields(cls)} for cls in (GPTConfig, train.TrainConfig))
     for name, (make, own, sizes) in TABLES.items():
         sub = tables.add_parser(name, help=make.__doc__, description=make.__doc__, allow_abbrev=False)
         sub.add_argument("--results", type=Path, default=RESULTS,
                          help="where speed_*.md goes [experiments/results]")
+        sub.add_argument("--avx2", action="store_true", help="keep an x86 processor to AVX2, as old ones are")
         for flag in own.split():
             if flag in FLAGS:
                 sub.add_argument(f"--{flag}", **FLAGS[flag])
@@ -562,7 +593,7 @@ def parse_flags(argv):
         shown = {*own.split(), *(model if "n_layer" in sizes else ())}
         if name in ("train", "gate"):  # which decide about the gate themselves
             shown -= DECIDED - {"data", "vocab_size"}
-        train.add_flags(sub, GPTConfig, train.TrainConfig, skip=(model | training) - shown)
+        add_flags(sub, GPTConfig, train.TrainConfig, skip=(model | training) - shown)
     flags = parser.parse_args(argv)
     for name, least in (("rounds", 1), ("seconds", 0), ("tokens", 1), ("positions", 1), ("seeds", 1)):
         if not least <= getattr(flags, name, least) < math.inf:
@@ -570,28 +601,41 @@ def parse_flags(argv):
     return flags, {name: value for name, value in vars(flags).items() if name in model | training}
 
 
+def keep_to_avx2(argv):
+    """Start this command again, in an environment in which torch and all child processes use AVX2 only."""
+    if not AVX2.items() <= os.environ.items():
+        sys.stdout.flush()
+        os.execve(sys.executable, [sys.executable, __file__, *argv], os.environ | AVX2)
+    if (used := torch.backends.cpu.get_cpu_capability()) != "AVX2":
+        raise ValueError(f"avx2=on, but torch uses {used} here: --avx2 needs an x86 processor with AVX2")
+
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     flags, given = parse_flags(argv)
+    if flags.avx2:
+        keep_to_avx2(argv)
     make, own, sizes = TABLES[flags.table]
     _, c = train.make_configs(sizes | given)
-    device, _, compiled = device_of(c)
-    compiled = compiled and "compile" in own.split()
+    device, _ = choose_device(c.device)
+    compiled = "compile" in own.split() and (device.type == "cuda" if c.compile is None else c.compile)
     values = (GATE_ON_CUDA if flags.table == "gate" and device.type == "cuda" else sizes) | given
     if "data" in values:
-        values = {"vocab_size": train.open_data(values["data"])[0]["vocab_size"]} | values
+        values = {"vocab_size": prepare.load(values["data"])[0]["vocab_size"]} | values
     if c.threads:
         torch.set_num_threads(c.threads)
     # Many models share one piece of code here, and each must keep a graph of its own.
     with (torch._dynamo.config.patch(recompile_limit=1000, automatic_dynamic_shapes=False) if compiled
           else contextlib.nullcontext()):
         body = make(flags, values)
-    dtype = str(train.choose_dtype(c.dtype, device)[0]) if "dtype" in own.split() else "torch.float32"
+    dtype = choose_precision(c.dtype, device)[0] if "dtype" in own.split() else torch.float32
     text = f"""# speed: {flags.table}
 
 - command: `python experiments/speed.py {shlex.join(argv)}`
 - machine: {device} ({chip(device)}), CPU threads: {torch.get_num_threads()}, torch {torch.__version__}
-- {dtype}{', compiled' * bool(compiled)}: {' '.join(f'{k}={v}' for k, v in values.items() if k not in FLAGS)}
+- CPU: {'kept to AVX2' if flags.avx2 else torch.backends.cpu.get_cpu_capability()}, \
+{'multiplies' if has_bfloat16(torch.device('cpu')) else 'does not multiply'} bfloat16
+- {dtype}{', compiled' * compiled}: {' '.join(f'{k}={v}' for k, v in values.items() if k not in FLAGS)}
 
 {body}"""
     if hasattr(flags, "rounds"):
@@ -601,7 +645,7 @@ Rounds: {flags.rounds}, after {WARM_UP} calls to warm up; medians. In a round al
 one only. (Two in 2^{flags.rounds} candidates that equal their base would land on one side by chance.)
 """
     flags.results.mkdir(parents=True, exist_ok=True)
-    kind = f"_{device.type}" * (device.type != "cpu") + "_compiled" * bool(compiled)
+    kind = f"_{device.type}" * (device.type != "cpu") + "_avx2" * flags.avx2 + "_compiled" * compiled
     path = flags.results / f"speed_{flags.table}{kind}.md"
     path.write_text(text)
     print(f"{text}\n{path}")
