@@ -440,6 +440,20 @@ def test_muon_takes_the_steps_that_torchs_muon_takes():
         assert (mine - torchs).norm() < 0.03 * (mine - p).norm()
 
 
+@pytest.mark.parametrize("bfloat16", [True, False])
+@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 8, 40)])
+def test_an_orthogonal_update_keeps_the_singular_vectors_and_makes_all_singular_values_about_one(
+        shape, bfloat16, monkeypatch):
+    monkeypatch.setattr(train.machine, "has_bfloat16", lambda device: bfloat16)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    u, s, vh = torch.linalg.svd(x, full_matrices=False)  # s from about 0.1 to 10
+    made = u.mT @ train.orthogonal(x.float()).double() @ vh.mT  # (N, rows, rows), diagonal
+    values = made.diagonal(dim1=1, dim2=2)
+    off = made - torch.diag_embed(values)
+    assert 0.65 < values.min() and values.max() < 1.25
+    assert off.abs().max() < (0.05 if bfloat16 else 1e-4)
+
+
 # ---- the losses ------------------------------------------------------------------------------------
 
 
