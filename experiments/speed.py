@@ -249,11 +249,11 @@ Training steps, whole: batch, forward, backward, clipping, optimizer; no logging
 """
 
 
-SHORT = ("--data=shakespeare --preset=laptop --block_size=64 --batch_size=16 --learning_rate=7e-3 "
+SHORT = ("--data=shakespeare --preset=laptop --n_layer=4 --block_size=64 --batch_size=16 --learning_rate=7e-3 "
          "--warmup_steps=20 --min_lr_ratio=0 --no-attn_share")
 RECIPES = {  # {row: flags of train.py} of to_loss; the first has the sizes of nanoGPT's command
     "same sizes": f"{SHORT} --max_steps=220 --eval_every=110",
-    "smaller": f"{SHORT} --max_steps=220 --eval_every=110 --n_layer=3 --n_head=2 --n_kv_head=1 "
+    "smaller": f"{SHORT} --n_layer=3 --max_steps=220 --eval_every=110 --n_head=2 --n_kv_head=1 "
                "--mlp_hidden=256"}
 LAPTOP = {  # of optimizers, each at the best of three learning rates, and no longer than it needs
     "adamw": "--preset=laptop --optimizer=adamw --learning_rate=4e-3 --eval_every=50 --no-attn_share",
