@@ -7,8 +7,6 @@ What things cost: one command for each table, which is printed and written to ex
     python experiments/speed.py optimizers  the same for AdamW and Muon, on the laptop preset
     python experiments/speed.py sample      new tokens a second, and how soon the first one comes
     python experiments/speed.py gate        what every gate adds: forward, training step, decoding
-    python experiments/speed.py measure     memory and time of measure, beside a plain forward
-    python experiments/speed.py scaling     time of a step against window, width and batch size
 
 Times on a shared machine are noisy. So candidates take turns, ratios are formed within a round, and a ratio
 that is now above 1, now below, is called noise. With --nanogpt=FOLDER, a clone of github.com/karpathy/nanoGPT
@@ -20,7 +18,6 @@ import dataclasses
 import importlib.util
 import io
 import math
-import multiprocessing
 import os
 import platform
 import re
@@ -46,7 +43,7 @@ import train
 from data import prepare
 from experiments.compare_gates import DECIDED, VARIANTS, chosen, configs_of
 from experiments.runner import RESULTS, ROOT
-from gated_gpt import GPT, GPTConfig, measure
+from gated_gpt import GPT, GPTConfig
 from plumbing import checkpoint
 from plumbing.flags import add_flags, parser_of, run_main
 from plumbing.machine import autocast, choose_device, choose_precision, has_bfloat16, try_compile
@@ -80,8 +77,8 @@ def alternate(candidates, rounds, seconds):
     return times
 
 
-VERDICTS = {"ms": ("faster", "slower"), "s": ("faster", "slower"), "tokens/s": ("slower", "faster"),
-            "peak MB": ("less", "more")}  # what a ratio below 1 is, and above
+VERDICTS = {"ms": ("faster", "slower"), "s": ("faster", "slower"),
+            "tokens/s": ("slower", "faster")}  # what a ratio below 1 is, and above
 
 
 def verdict(ratios, unit):
@@ -249,8 +246,8 @@ Training steps, whole: batch, forward, backward, clipping, optimizer; no logging
 """
 
 
-SHORT = ("--data=shakespeare --preset=laptop --n_layer=4 --block_size=64 --batch_size=16 --learning_rate=7e-3 "
-         "--warmup_steps=20 --min_lr_ratio=0 --no-attn_share")
+SHORT = ("--data=shakespeare --preset=laptop --n_layer=4 --block_size=64 --batch_size=16 --warmup_steps=20 "
+         "--learning_rate=7e-3 --min_lr_ratio=0 --no-attn_share")
 RECIPES = {  # {row: flags of train.py} of to_loss; the first has the sizes of nanoGPT's command
     "same sizes": f"{SHORT} --max_steps=220 --eval_every=110",
     "smaller": f"{SHORT} --n_layer=3 --max_steps=220 --eval_every=110 --n_head=2 --n_kv_head=1 "
@@ -442,89 +439,6 @@ percent, mixtures of experts by `moe`. Training is with {one.c.optimizer}; decod
 """
 
 
-def looks(config, c):
-    """({name: callable of idx}, idx): a plain forward, and measure, on windows that are full."""
-    device, precision = machine_of(c)
-    model = GPT(config).to(device).eval()
-
-    def look(function):
-        @torch.no_grad()
-        def call(idx):
-            with precision:
-                function(model, idx)
-        return call
-
-    idx = torch.randint(config.vocab_size, (c.batch_size, config.block_size), device=device)  # (B, T)
-    return {"plain forward": look(GPT.forward), "measure": look(measure)}, idx
-
-
-def peak_memory(name, config, c):
-    """MB at the peak of one of `looks`, beyond what model and tokens take. For a process of its own."""
-    import resource  # not on Windows
-
-    if c.threads:
-        torch.set_num_threads(c.threads)
-    calls, idx = looks(config, c)
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
-
-    def peak():
-        return (torch.cuda.max_memory_allocated() if idx.is_cuda
-                else unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-
-    calls[name](idx[:, :16])  # what libraries allocate once is not counted
-    before = peak()
-    calls[name](idx)
-    return (peak() - before) / 1e6
-
-
-def measure_table(flags, values):
-    """Peak memory and time of measure, beside a plain forward."""
-    config, c = train.make_configs(values)
-    # glibc may hoard freed tensors for later; told so, it gives those of 1 MB and more back at once.
-    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "1000000")
-    # On Linux, a program that is started inherits its parent's peak; a fork of a small server does not.
-    with multiprocessing.get_context("forkserver").Pool(1, maxtasksperchild=1) as pool:
-        peaks = {"plain forward": [], "measure": []}
-        for _ in range(flags.rounds):
-            for name, mine in peaks.items():
-                mine.append(pool.apply(peak_memory, (name, config, c)))
-    calls, idx = looks(config, c)
-    times = alternate({name: partial(call, idx) for name, call in calls.items()}, flags.rounds, flags.seconds)
-    return f"""{ratio_table("peak MB", peaks)}
-{ratio_table("ms", times)}
-On {c.batch_size} x {config.block_size} tokens. Peak: resident memory of a process of its own (on a GPU,
-allocated memory), beyond model and tokens; freed tensors are given back at once (MALLOC_MMAP_THRESHOLD_).
-"""
-
-
-AXES = {  # field: (its letter, what the exponent means)
-    "block_size": ("T", "1 where products with weight matrices rule, 2 where attention's T x T does"),
-    "n_embd": ("C", "2 where products with weight matrices rule, 1 where what is done to each channel does"),
-    "batch_size": ("B", "1 where the machine is full, less where a larger batch makes a token cheaper"),
-}
-
-
-def exponent(x, y):
-    """p of y = a x^p: the slope of the least squares line through the logarithms."""
-    return statistics.linear_regression(list(map(math.log, x)), list(map(math.log, y))).slope
-
-
-def scaling_table(flags, values):
-    """Time of a training step against window, width and batch size, one at a time."""
-    sizes = {field: sorted({max(1, int(values[field] * factor)) for factor in (0.25, 0.5, 1, 2, 4)})
-             for field in AXES}
-    runs = {field: {f"{AXES[field][0]}={size}": open_run(values | {field: size}) for size in sizes[field]}
-            for field in AXES}  # all of them first: one that can't be is told at once
-    text = ""
-    for field, (letter, meaning) in AXES.items():
-        steps = {name: step_of(run) for name, run in runs[field].items()}
-        times = alternate(steps, flags.rounds, flags.seconds)
-        found = [exponent(sizes[field], once) for once in zip(*times.values())]
-        text += (f"{ratio_table('ms', times)}\nA step grows as {letter}^{statistics.median(found):.2f} "
-                 f"({min(found):.2f} to {max(found):.2f} over the rounds): {meaning}.\n\n")
-    return text + "Exponents: least squares in the logarithms, a fit for each round.\n"
-
-
 # ---- the command line ------------------------------------------------------------------------------
 
 
@@ -545,10 +459,6 @@ TABLES = {
         vocab_size=257, n_layer=6, n_head=6, n_embd=384, block_size=1024)),
     "gate": Table(gate_table, f"{TRAINING} variants", dict(
         data="backcopy", n_layer=2, n_head=4, n_kv_head=2, n_embd=128, block_size=128, batch_size=8)),
-    "measure": Table(measure_table, "rounds seconds device dtype threads batch_size", dict(
-        vocab_size=2048, n_layer=2, n_head=2, n_embd=128, block_size=8192, batch_size=1)),
-    "scaling": Table(scaling_table, TRAINING, dict(
-        data="backcopy", n_layer=2, n_head=4, n_embd=128, block_size=256, batch_size=8)),
 }
 GATE_ON_CUDA = train.PRESETS["gpt2"] | dict(data="backcopy", grad_accum=1)
 FLAGS = {

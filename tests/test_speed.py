@@ -163,13 +163,6 @@ def test_ratios_are_formed_within_a_round():
     assert table["c"] == ["1.100", "0.5500-2.750", "0.5000", "0.5000-0.5000", "faster"]
 
 
-def test_the_fit_finds_the_exponent_that_was_planted():
-    x = [16, 32, 64, 128]
-    assert speed.exponent(x, [3 * v**1.7 for v in x]) == pytest.approx(1.7)
-    y = [5.0, 3.0, 40.0, 44.0]
-    assert speed.exponent(x, y) == pytest.approx(np.polyfit(np.log(x), np.log(y), 1)[0])
-
-
 # ---- the tables ------------------------------------------------------------------------------------
 
 
@@ -215,7 +208,7 @@ def test_mfu_is_the_part_of_a_known_gpus_peak_that_training_uses(here, monkeypat
 def test_avx2_starts_the_command_again_and_says_so_in_the_file(here, monkeypatch):
     started = []
     monkeypatch.setattr(os, "execve", lambda *command: started.append(command) or sys.exit(0))
-    argv = ["scaling", *TINY, "--avx2", "--results=results"]
+    argv = ["train", *TINY, "--avx2", "--results=results"]
     assert status_of(speed.main, argv)[0] == 0
     (program, command, environment), = started
     assert program == command[0] == sys.executable and command[2:] == argv
@@ -224,26 +217,10 @@ def test_avx2_starts_the_command_again_and_says_so_in_the_file(here, monkeypatch
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")  # as if started so
     assert status_of(speed.main, argv)[0] == 0 and len(started) == 1
-    written = Path("results/speed_scaling_avx2.md").read_text()
+    written = Path("results/speed_train_avx2.md").read_text()
     assert "\n- CPU: kept to AVX2, does not multiply bfloat16\n" in written
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     assert "torch uses DEFAULT here: --avx2 needs" in refusal(speed.main, argv)
-
-
-def test_scaling_sweeps_each_size_alone_and_fits_it(here, monkeypatch):
-    opened, open_run = [], speed.open_run
-    monkeypatch.setattr(speed, "open_run", lambda values: opened.append(open_run(values)) or opened[-1])
-    text = run("scaling", *TINY, "--rounds=2", "--batch_size=4")
-    sizes = [(one.model.config.block_size, one.model.config.n_embd, one.c.batch_size) for one in opened]
-    assert sizes == ([(T, 32, 4) for T in (4, 8, 16, 32, 64)] + [(16, C, 4) for C in (8, 16, 32, 64, 128)]
-                     + [(16, 32, B) for B in (1, 2, 4, 8, 16)])
-    assert [list(table) for table in rows(text)] == [
-        ["T=4", "T=8", "T=16", "T=32", "T=64"], ["C=8", "C=16", "C=32", "C=64", "C=128"],
-        ["B=1", "B=2", "B=4", "B=8", "B=16"]]
-    fits = re.findall(r"grows as ([TCB])\^(-?[\d.]+) \((-?[\d.]+) to (-?[\d.]+) over the rounds\): .*1 where",
-                      text)
-    assert [letter for letter, *_ in fits] == ["T", "C", "B"]
-    assert all(float(low) <= float(middle) <= float(high) for _, middle, low, high in fits)
 
 
 def test_every_variant_has_a_forward_a_step_and_a_decoding_time(here):
@@ -269,15 +246,6 @@ def test_a_model_that_cannot_be_compiled_is_not_passed_off_as_compiled(here, mon
     monkeypatch.setattr(torch, "compile", lambda model: 1 / 0)
     message = refusal(speed.main, ["train", *TINY, "--compile"])
     assert re.search("gate none cannot be compiled here.*ZeroDivisionError.*--no-compile", message)
-
-
-def test_measuring_needs_hardly_more_memory_than_a_plain_forward(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    peaks, times = rows(run("measure", *ONCE, "--n_head=2", "--block_size=2048"))
-    plain, measured = (float(peaks[name][0]) for name in ("plain forward", "measure"))
-    logits = 2048 * 2048 * 4 / 1e6  # MB, of T x V floats
-    assert logits <= plain < 2 * logits and measured < 1.5 * plain
-    assert list(times) == list(peaks)
 
 
 def test_sampling_is_timed_for_one_text_and_for_many_and_so_is_the_start(tmp_path, clone, monkeypatch):
@@ -358,7 +326,6 @@ def test_two_trainings_race_to_a_loss(tmp_path, clone, data_root, use_data, monk
     ("gate --data=tiny --variants=g1,g9", "variants=g1,g9: 'g9' is none of none, kv-heads"),
     ("train --data=tiny --nanogpt=nowhere", "nanogpt=nowhere holds no model.py of nanoGPT"),
     ("train --data=nothing", "there is no data set nothing"),
-    ("scaling --data=tiny --block_size=16 --n_embd=8", "n_embd=2 is not a multiple of n_head=4"),
     ("to_loss", "there is no data set shakespeare"),
     ("to_loss --nanogpt=nowhere", "nanogpt=nowhere has no train.py: name a clone of nanoGPT in which")])
 def test_mistakes_are_told_in_one_sentence(here, flags, message, monkeypatch):
