@@ -1,5 +1,4 @@
 """Claims about plumbing/: whole files, checkpoints, flags, how scripts end, the machine, and reports."""
-import csv
 import dataclasses
 import math
 import multiprocessing
@@ -10,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -231,16 +229,6 @@ def test_a_folder_with_a_run_needs_overwrite_which_removes_only_the_files_of_the
         assert sorted(os.listdir(tmp_path)) == ["last.pt.mine", "notes.txt"]
 
 
-def test_the_newest_run_is_the_one_whose_checkpoint_was_written_last(tmp_path):
-    with pytest.raises(ValueError, match="no run with a checkpoint"):
-        checkpoint.newest_run(tmp_path)
-    for i, file in enumerate(["b/last.pt", "a/last.pt", "c/last.pt", "a/best.pt", "d/log.csv"]):
-        (tmp_path / file).parent.mkdir(exist_ok=True)
-        (tmp_path / file).touch()
-        os.utime(tmp_path / file, (i, i))
-    assert checkpoint.newest_run(tmp_path) == tmp_path / "a"
-
-
 # ---- flags -------------------------------------------------------------------------------------------
 
 FIELDS = {f.name: f.default for cls in (train.TrainConfig, GPTConfig) for f in dataclasses.fields(cls)}
@@ -395,15 +383,6 @@ def test_the_first_ctrl_c_is_noted_and_the_second_acts_as_before(number, capsys)
     assert restored == mine
 
 
-def test_a_thread_that_is_not_the_main_one_leaves_ctrl_c_alone():
-    def work():
-        with machine.ctrl_c() as pressed:
-            return pressed, signal.getsignal(signal.SIGINT)
-
-    with ThreadPoolExecutor() as pool:
-        assert pool.submit(work).result() == ([], signal.getsignal(signal.SIGINT))
-
-
 # ---- reports -----------------------------------------------------------------------------------------
 
 NAMES = {name: name for name in VARIANTS if "qa" not in name} | {
@@ -426,13 +405,6 @@ def test_a_line_is_as_wide_as_its_heading_and_80_columns_are_enough(fields, attn
     head, line = report.heading(columns), report.line(row, columns)
     assert len(head) == len(line) <= 80 and len(head.split()) == len(line.split()) == len(columns)
     assert line.split()[:5] == ["999999", "12.3457", "-", "9.8765", "9,876,543"]
-
-
-def test_a_log_is_a_csv_file_with_all_columns(tmp_path):
-    report.write_log(tmp_path / "log.csv", [{"step": 3, "val_loss": 0.1 + 0.2, "layers": [1]}, {"step": 6}])
-    first, second = csv.DictReader((tmp_path / "log.csv").read_text().splitlines())
-    assert list(first) == list(report.COLUMNS) and float(first["val_loss"]) == 0.1 + 0.2
-    assert second["step"] == "6" and second["val_loss"] == "nan"
 
 
 def test_the_table_of_layers_shows_what_was_measured():

@@ -138,13 +138,6 @@ def test_the_prompt_may_come_from_standard_input(run, monkeypatch):
     assert printed("--tokens=9", "--prompt=-") == expected
 
 
-@pytest.mark.parametrize("prompt", ["", UNICODE, "x" * 14, "x" * 15, "x" * 16, "naïve 🙂 " * 20, "<|bos|>"],
-                         ids=lambda prompt: f"{len(prompt)} {prompt[:8]!a}")
-def test_any_prompt_comes_first_as_it_is_with_text_behind_it(prompt, run):
-    said = printed("--tokens=40", f"--prompt={prompt}", "--temperature=0")
-    assert said.startswith(prompt) and len(said) > len(prompt) + 5
-
-
 def test_a_prompt_that_says_bos_is_plain_text(run):
     text = bytes(greedy(run, [256, *b"<|bos|>"], 8)[1:]).decode(errors="replace") + "\n"
     assert printed("--tokens=8", "--prompt=<|bos|>", "--temperature=0") == text
@@ -274,12 +267,6 @@ def test_a_number_that_cannot_be_is_refused_with_its_name_beside_its_value(flag,
     assert re.search(rf": {flag[2:]} must be at least [01], ", refusal(sample.main, [flag]))
 
 
-@pytest.mark.parametrize("flag", ["--tokens=many", "--temperature=hot", "--token=3", "--verbose", "more",
-                                  "--top_k=", "--dtype=float16"])
-def test_a_flag_that_is_unknown_or_shortened_or_no_number_is_refused(flag, run):
-    assert flag.split("=")[0] in refusal(sample.main, [flag])
-
-
 @pytest.mark.parametrize("flags, said", [
     ("--text=text.txt", "--text is what --attn_share measures"),
     ("--text=text.txt --attn_share --prompt=x", "no --prompt"), ("--attn_share --text=nowhere", "nowhere"),
@@ -290,13 +277,6 @@ def test_flags_that_do_not_fit_are_refused(flags, said, run):
     for name, content in {"text.txt": b"Speak", "latin.txt": b"\xe9", "one.txt": b"a"}.items():
         Path(name).write_bytes(content)
     assert said in refusal(sample.main, flags)
-
-
-def test_every_flag_has_a_line_of_help():
-    status, said, _ = status_of(sample.main, "--help")
-    flags = re.findall(r"^  (--\w+)\b.*(?:\n {20,}.*)*", said, re.M)
-    shown = re.findall(r"^  (--\w+)(?: \S+)?(?:  +|\n {20,})\S", said, re.M)
-    assert status == 0 and shown == flags and {*vars(sample.parse_flags([]))} == {flag[2:] for flag in flags}
 
 
 def test_text_goes_through_a_pipe_of_any_encoding(run):

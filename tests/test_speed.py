@@ -149,8 +149,8 @@ def test_numbers_are_short(x, text):
 
 @pytest.mark.parametrize("unit, ratios, word", [
     ("ms", [1.1, 1.2], "slower"), ("ms", [0.9, 0.8], "faster"), ("tokens/s", [1.1, 1.2], "faster"),
-    ("tokens/s", [0.9, 0.8], "slower"), ("peak MB", [0.9, 0.8], "less"), ("peak MB", [1.1, 1.2], "more"),
-    ("ms", [1.5, 0.99, 1.6], "noise"), ("ms", [2.0], "noise"), ("s", [math.inf, math.inf], "slower")])
+    ("tokens/s", [0.9, 0.8], "slower"), ("ms", [1.5, 0.99, 1.6], "noise"),
+    ("ms", [2.0], "noise"), ("s", [math.inf, math.inf], "slower")])
 def test_a_difference_is_noise_unless_all_rounds_agree_on_its_side(unit, ratios, word):
     assert speed.verdict(ratios, unit) == word
 
