@@ -11,6 +11,9 @@ import torch
 import torch.distributed as dist
 
 
+CORES = torch.get_num_threads()  # torch's own choice, before a run changes it
+
+
 def choose_device(name):
     """(device, reason). ValueError if there is no such device."""
     why = "as asked"
@@ -38,15 +41,14 @@ def choose_threads(threads):
     Two runs with two threads each on two cores are many times slower than two runs with one thread each,
     because the threads of each wait for those of the other. Linux tells which cores are idle.
     """
-    cores = torch.get_num_threads()
     if threads or "OMP_NUM_THREADS" in os.environ:
-        return threads or cores, "as asked"
-    if (quota := cpu_quota()) and quota < cores:
+        return threads or CORES, "as asked"
+    if (quota := cpu_quota()) and quota < CORES:
         return quota, "all that this container may use"
     if not os.path.exists("/proc/stat"):
-        return cores, "torch's choice"
+        return CORES, "torch's choice"
     idle = idle_cores()
-    return max(1, min(cores, round(idle))), f"{idle:.1f} cores are idle"
+    return max(1, min(CORES, round(idle))), f"{idle:.1f} cores are idle"
 
 
 def idle_cores(seconds=0.1):

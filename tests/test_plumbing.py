@@ -331,7 +331,7 @@ def test_threads_are_as_asked_or_the_quota_or_the_idle_cores(monkeypatch, asked,
     content = {"/sys/fs/cgroup/cpu.max": lambda: cpu_max, "/proc/stat": lambda: next(looks)}
     monkeypatch.setattr(machine, "Path", lambda path: SimpleNamespace(read_text=content[path]))
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(machine, "CORES", 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if environment:
         monkeypatch.setenv("OMP_NUM_THREADS", environment)
