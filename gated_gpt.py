@@ -60,7 +60,7 @@ class GPTConfig:
     # --- gate ---
     gate: Literal["none", "g1", "g2", "g3", "g4", "g5"] = "g1"  # where the gate sits; g1: on the SDPA output
     gate_kind: Literal["elementwise", "headwise"] = "elementwise"  # one score per channel, or one per head
-    gate_shared: bool = False  # use the mean score of all heads in each head (the paper's head-shared)
+    gate_shared: bool = False  # each head uses the mean of all heads' scores (the paper's head-shared)
     gate_act: Literal["sigmoid", "ns_sigmoid", "silu", "identity"] = "sigmoid"  # from x W to the score
     gate_op: Literal["multiply", "add"] = "multiply"  # how the score is applied to y
     gate_input: bool = True  # off: scores are learned constants that do not see x (input-independent)
@@ -86,7 +86,7 @@ class GPTConfig:
             raise ValueError(f"gate_kind=headwise with gate={self.gate}: QK-norm divides a head by its "
                              "length, which cancels one score per head; use elementwise, or --no-qk_norm")
         if self.gate == "g5" and (headwise or self.gate_shared):
-            raise ValueError("gate=g5 can be neither headwise nor shared: after o_proj there are no heads")
+            raise ValueError("gate=g5 can be neither headwise nor shared: its output has no heads")
         if headwise and self.gate_shared:
             raise ValueError("gate_kind=headwise with gate_shared leaves one score per token: choose one")
         if self.n_expert and self.n_expert_active > self.n_expert:
@@ -122,7 +122,7 @@ class Gate(nn.Module):
     def score(self, x):
         """(B, T, C) -> (B, T, *y_shape), where hs is 1 when headwise and nh is 1 when shared."""
         z = self.gate_proj(x) if hasattr(self, "gate_proj") else self.constant.expand(*x.shape[:2], -1)
-        score = self.act(z.unflatten(-1, self.score_shape))  # z: (B, T, nh * hs)
+        score = self.act(z.unflatten(-1, self.score_shape))  # z: (B, T, n_scores)
         # Sharing does not make W smaller: every head's scores are made, then averaged (Table 1, rows 12, 13).
         return score.mean(-2, keepdim=True) if self.shared else score
 
@@ -143,12 +143,12 @@ def rope_table(config):
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
-def rope(h, cos, signed_sin):
-    """Rotate h (B, T, heads, hs). Channels i and i + hs/2 are a pair (a, b), which turns by the angle of its
-    position into (a cos - b sin, b cos + a sin). The minus is in signed_sin.
+def rope(h, cos, sin):
+    """Rotate h (B, T, heads, hs). Channels i and i + hs/2 are a pair (a, b). It turns by the angle of its
+    position into (a cos - b sin, b cos + a sin). The minus is in the table.
     """
     swapped = h.roll(h.size(-1) // 2, dims=-1)  # (a, b) -> (b, a)
-    return (h * cos + swapped * signed_sin).type_as(h)  # cos and signed_sin are float32
+    return (h * cos + swapped * sin).type_as(h)  # cos and sin are float32
 
 
 class SDPA(nn.Module):
@@ -312,7 +312,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed):
-        """N(0, 0.02) for every matrix; projections back into the residual stream also by 1/sqrt(2 n_layer).
+        """N(0, 0.02) for every matrix, times 1/sqrt(2 n_layer) for those that write to the residual stream.
 
         Each matrix has its own random generator, seeded with `seed` and its name. So flipping the gate
         changes no number in the matrices that both models have. Vectors keep their 1 (norms) or 0.
@@ -355,8 +355,8 @@ class GPT(nn.Module):
     def stream(self, idx, n, temperature=1.0, top_k=None, generator=None):
         """Continue idx (B, t), which starts with BOS: yields the next token of each row, (B,), n times.
 
-        When the window is full, BOS and its last half become the new window. So BOS stays in front, and the
-        logits are those of a plain forward over the window.
+        A full window is replaced by its first token and its last half. So BOS stays in front, and the logits
+        are those of a plain forward over the window.
         """
         T, half = self.config.block_size, self.config.block_size // 2
         cache = KVCache(self, idx.size(0), min(T, idx.size(1) + n))
@@ -378,7 +378,7 @@ class GPT(nn.Module):
 
 
 def sample(logits, temperature, top_k, generator):
-    """Draw a token for each row of logits (B, V): (B, 1). Temperature 0: the likeliest; top_k: one of k."""
+    """Draw a token for each row of logits (B, V): (B, 1). Temperature 0: the likeliest. top_k: one of k."""
     if temperature < 1e-30:  # 0, or so small that a division overflows
         return logits.argmax(-1, keepdim=True)
     if top_k is not None:
@@ -439,14 +439,14 @@ def measure(model, idx):
 
     def on_block(row, block, inputs, output):
         row["max_activation"] = output.abs().max().item()
-        load = block.mlp.load if model.config.n_expert else torch.tensor([math.nan])  # (E,)
-        row["max_expert_load"] = (load.max() / load.mean()).item()
+        if model.config.n_expert:
+            row["max_expert_load"] = (block.mlp.load.max() / block.mlp.load.mean()).item()
 
     rows, hooks = [], []
     for block in model.blocks:
-        rows.append(row := dict(gate_score=math.nan, gate_closed=math.nan))
+        rows.append(row := dict(gate_score=math.nan, gate_closed=math.nan, max_expert_load=math.nan))
         hooks += [(block.attn.sdpa, partial(on_sdpa, row)), (block, partial(on_block, row))]
-        if model.config.gate != "none": hooks.append((block.attn.gate, partial(on_gate, row)))
+        hooks += [(gate, partial(on_gate, row)) for gate in block.modules() if isinstance(gate, Gate)]
     with evaluating(model, hooks):
         model(idx)
     return rows

@@ -33,7 +33,7 @@ def parse_flags(argv=None):
     parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token [%(default)s]")
     parser.add_argument("--top_k", type=int, help="choose among the k likeliest tokens only [all]")
     parser.add_argument("--seed", type=int, default=0, help="of the random choices [%(default)s]")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, mps [%(default)s]")
+    parser.add_argument("--device", default="cpu", help="auto, cpu, cuda, mps [%(default)s]")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
                         help="of the weights; auto: as stored, if the hardware can multiply it [%(default)s]")
     parser.add_argument("--compile", action="store_true", help="compile the model: for long texts on a GPU")
@@ -86,8 +86,8 @@ def main(argv=None):
         print("\n" + layer_table(layers, window.size(1)))
         if flags.text:
             print(f"\n{means_table(layers, variant(model.config), *window.shape)}")
-        if window.size(1) < SHORT:
-            print(f"\nOnly {window.size(1)} tokens at a time: a text this short has a large share even\n"
+        if window.size(1) < min(SHORT, model.config.block_size):
+            print(f"\nOnly {window.size(1)} tokens: a text this short has a large share even\n"
                   "without a sink. Compare with the floor, and with other models on the same text.")
     if flags.attn_map:
         shown = window[:1, :64]  # (1, t)

@@ -43,24 +43,24 @@ class TrainConfig:
     resume: bool = False  # go on with the run in --out (default: the newest one)
     overwrite: bool = False  # if --out holds a run already, replace it
     init_from: str | None = None  # start from the weights of a checkpoint, a run or a released model
-    seed: int = 0  # of weights, batches and dropout
+    seed: int = 0  # seed of weights, batches and dropout
     # --- optimisation ---
     max_steps: int = 1000  # optimizer steps
     batch_size: int = 32  # windows in a forward
     grad_accum: int = 1  # forwards in a step; their gradients are averaged
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, with adamw for the rest
-    learning_rate: float = 1e-3  # at its peak
-    schedule: Literal["cosine", "constant"] = "cosine"  # of the learning rate after warm-up
+    learning_rate: float = 1e-3  # peak learning rate
+    schedule: Literal["cosine", "constant"] = "cosine"  # learning rate after warm-up
     warmup_steps: int = 100  # steps in which the learning rate climbs to its peak
-    min_lr_ratio: float = 0.1  # where the cosine ends, as a fraction of the peak
+    min_lr_ratio: float = 0.1  # last learning rate of the cosine, as a fraction of the peak
     weight_decay: float = 0.1  # on matrices only
-    beta1: float = 0.9  # AdamW: memory of the mean gradient
-    beta2: float = 0.99  # AdamW: memory of the squared gradient
+    beta1: float = 0.9  # AdamW (not Muon): memory of the mean gradient
+    beta2: float = 0.99  # AdamW (not Muon): memory of the squared gradient
     grad_clip: float = 1.0  # the gradient's norm over all parameters is clipped to this; 0: off
     # --- evaluation ---
     eval_every: int = 100  # steps from one evaluation (and checkpoint) to the next
     eval_windows: int = 256  # fixed windows, evenly spaced over val.bin
-    attn_share: bool = False  # measure first-token share, gate score, largest activation
+    attn_share: bool = False  # measure share, gate score and activation at each evaluation
     # --- machine ---
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the matrix products; weights stay float32
@@ -150,13 +150,13 @@ class Muon(torch.optim.Optimizer):
                 mean = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 mean.lerp_(p.grad, 1 - group["momentum"])
                 update = p.grad.lerp(mean, group["momentum"])  # Nesterov: look one step ahead
-                wide = (p, update) if p.size(0) <= p.size(1) else (p.mT, update.mT)
-                stacks.setdefault(wide[0].shape, []).append(wide)
+                pair = (p, update) if p.size(0) <= p.size(1) else (p.mT, update.mT)  # make it wide
+                stacks.setdefault(pair[0].shape, []).append(pair)
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-            for (_, longest), pairs in stacks.items():
+            for (_, longer), pairs in stacks.items():
                 updates = orthogonal(torch.stack([update for _, update in pairs]))
                 for (p, _), update in zip(pairs, updates):
-                    p.sub_(update, alpha=0.2 * math.sqrt(longest) * group["lr"])
+                    p.sub_(update, alpha=0.2 * math.sqrt(longer) * group["lr"])
 
 
 def orthogonal(x):
@@ -249,11 +249,11 @@ def train(config, c, say=tqdm.write):
             out = checkpoint.new_folder(c.out, f"{c.data}-{variant(config)}", c.overwrite)
             c = dataclasses.replace(c, out=str(out))
         batch = train_set.of_step(0, c, rank, ranks)[0]
-        fast, compiled = machine.try_compile(model, batch, precision, c.compile)
+        fast, compile_choice = machine.try_compile(model, batch, precision, c.compile)
         parallel = DistributedDataParallel(fast) if ranks > 1 else fast
         describe(say, model, c, meta, [
             ("device", f"{device}, {ranks} processes" if ranks > 1 else device, why_device),
-            ("threads", threads, why_threads), ("dtype", dtype, why_dtype), ("compile", *compiled)])
+            ("threads", threads, why_threads), ("dtype", dtype, why_dtype), ("compile", *compile_choice)])
         columns = columns_of(config, c.attn_share)
         say(heading(columns))
 
@@ -263,7 +263,7 @@ def train(config, c, say=tqdm.write):
         with bar, machine.ctrl_c() as stop:  # stop: a list, empty until somebody presses Ctrl-C
             while state["step"] < c.max_steps:
                 model.train()
-                torch.manual_seed(hash((c.seed, state["step"], rank)))  # of dropout
+                torch.manual_seed(hash((c.seed, state["step"], rank)))  # of dropout; such hashes never change
                 batches = train_set.of_step(state["step"], c, rank, ranks)
                 rate = learning_rate_at(state["step"], c)
                 losses.append(train_step(parallel, optimizers, batches, rate, c, precision))
@@ -325,7 +325,7 @@ def start(config, c, meta, device):
 
 
 def resume(config, c, meta, device):
-    """(model, optimizers, state) as the last checkpoint of the run has them."""
+    """(model, optimizers, state) of the last checkpoint. All else (batches, rate) follows from the step."""
     path = Path(c.out, "last.pt")
     model, saved = checkpoint.load(path)
     if model.config != config or saved["data"] != meta["train"]["sha256"]:
@@ -354,7 +354,7 @@ def save(model, optimizers, state, c, meta):
 
 # ---- evaluation ------------------------------------------------------------------------------------
 
-MEASURE_WINDOWS = 64  # of the validation windows, for the measurements
+MEASURE_WINDOWS = 64  # windows from val.bin, for the measurements
 
 
 @torch.no_grad()

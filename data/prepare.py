@@ -4,8 +4,7 @@ Data for gated GPT: text in, two files of tokens out.
     python data/prepare.py python              this Python's standard library
     python data/prepare.py backcopy            the task that grows a sink
     python data/prepare.py shakespeare         Tiny Shakespeare, 1 MB
-    python data/prepare.py fineweb --shards=2  web text in GPT-2 tokens, 200 MB
-                                               for each shard
+    python data/prepare.py fineweb --shards=2  web text, 200 MB a shard
     python data/prepare.py notes.txt novels/   your own UTF-8 text
 
 The first two need no download. Each writes data/<name>/train.bin and val.bin,
@@ -156,7 +155,7 @@ def read_texts(paths, suffix="", skip=()):
     files, texts, left_out = [], {}, []
     for path in paths:
         if not path.is_dir():
-            files.append(path)
+            files.append(path)  # of which os.walk makes nothing
         for here, folders, names in os.walk(path):
             folders[:] = [name for name in folders if name not in skip and not name.startswith(".")]
             left_out += [f"{Path(here, name)} (a link)" for name in folders if Path(here, name).is_symlink()]
@@ -169,7 +168,8 @@ def read_texts(paths, suffix="", skip=()):
             left_out.append(str(path))
     if left_out:
         more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
-        print(f"left out, because they are not UTF-8 text: {', '.join(left_out[:3])}{more}", file=sys.stderr)
+        said = f"left out (no UTF-8 text, unreadable, or a link): {', '.join(left_out[:3])}{more}"
+        print(said, file=sys.stderr)
     return {path: text for path, text in texts.items() if text}
 
 
@@ -233,7 +233,7 @@ def prepare_python():
 
 
 ALPHABET = string.ascii_letters + string.digits  # 62 characters
-TRIGGERS = "uvx"  # 7% of the text
+TRIGGERS = "uvx"  # 6% of the text
 
 
 def backcopy_text(chars, seed=0):
@@ -242,14 +242,14 @@ def backcopy_text(chars, seed=0):
     Each character's successors are drawn once from a Dirichlet(0.3). After a trigger comes the copy, seven
     times out of eight (but no copy of a trigger). So a head has work at triggers and none elsewhere.
 
-    Why not every time? Then the model would not need a trigger's own embedding, which would shrink. Attention
-    is added to the embedding. It would matter at triggers, where embeddings are short, and hardly elsewhere,
-    where they are long. But a head whose output does not matter elsewhere needs no sink there.
+    Why not every time? Then a trigger's own embedding would be useless, and would shrink. What attention adds
+    would matter at triggers, where embeddings are short, but hardly elsewhere, where they are long. A head
+    whose output does not matter elsewhere needs no sink there.
     """
     rng = np.random.default_rng(seed)
     letters = np.frombuffer(ALPHABET.encode(), np.uint8)
     cdfs = rng.dirichlet(np.full(62, 0.3), size=62).cumsum(axis=1)  # (62, 62), one row for each character
-    # Each row's inverse CDF as a table of 2^16 entries: a draw is one look-up, and a plain loop fast enough.
+    # Each row's inverse CDF as a table of 2^16 entries: a draw is one look-up, and a plain loop is enough.
     levels = (np.arange(2**16) + 0.5) / 2**16
     successor = {int(a): letters[np.searchsorted(cdf, levels)].tobytes() for a, cdf in zip(letters, cdfs)}
     copies = rng.integers(8, size=chars - 1, dtype=np.uint8)  # 0: no copy
@@ -264,7 +264,7 @@ def backcopy_text(chars, seed=0):
 
 
 def prepare_backcopy(chars=10_000_000, seed=0):
-    """A task that needs attention at some tokens and none at all the others, which is when a sink forms."""
+    """A task that needs attention at some tokens and not at the others: then a sink forms."""
     chunks = encode(split_each([backcopy_text(chars, seed)]), "bytes", bos=False)
     source = f"{chars:,} characters, seed {seed}; after {TRIGGERS} a copy, seven times out of eight"
     return write_set("backcopy", "bytes", source, chunks)
@@ -355,14 +355,15 @@ def main(argv=None):
     parser = parser_of(__doc__, "prepare.py", "NAME|FILES ... [--flag=value ...]")
     parser.add_argument("what", nargs="+", metavar="NAME|FILES", help="a set's name, or files and folders")
     parser.add_argument("--name", help="FILES: what to call the set [after the first file]")
-    parser.add_argument("--tokenizer", default="bpe2k", help=f"FILES: {', '.join(BOS)}, or the folder of a "
-                        "released model [%(default)s]")
+    parser.add_argument("--tokenizer", help=f"FILES: {', '.join(BOS)}, or a released model's folder [bpe2k]")
     parser.add_argument("--overwrite", action="store_true", help="FILES: replace the set of that name")
     parser.add_argument("--shards", type=int, default=1, help=f"fineweb: how many, of {SHARDS} [%(default)s]")
     flags = parser.parse_args(argv)
-    if not set(flags.what) <= set(SETS):
-        prepare_files(flags.what, flags.name, flags.tokenizer, flags.overwrite)
-    for name in flags.what if set(flags.what) <= set(SETS) else ():  # a set wins over a file of that name
+    if not set(flags.what) <= set(SETS):  # a set wins over a file of that name
+        return prepare_files(flags.what, flags.name, flags.tokenizer or "bpe2k", flags.overwrite)
+    if flags.name or flags.tokenizer:
+        raise ValueError(f"{flags.what[0]} has its own name and tokenizer: leave out --name and --tokenizer")
+    for name in flags.what:
         SETS[name](**({"shards": flags.shards} if name == "fineweb" else {}))
 
 

@@ -62,7 +62,7 @@ class FolderTokenizer:
             self.tokenizer = Tokenizer.from_file(str(path))
             self.special = {t.content: i for i, t in self.tokenizer.get_added_tokens_decoder().items()
                             if t.special}
-        except Exception as error:  # what the package raises is no class of its own
+        except Exception as error:  # the package raises plain Exception
             raise ValueError(f"{path} is no tokenizer that can be read ({str(error)[:100]})") from None
         self.tokenizer.encode_special_tokens = True  # a text that says <|endoftext|> means these letters
         self.n_vocab = max(self.tokenizer.get_vocab().values()) + 1
@@ -81,7 +81,7 @@ def bos_id(name):
         return BOS[name]
     special, config = get_tokenizer(name).special, Path(name, "config.json")
     try:
-        asked = {**json.loads(config.read_bytes())} if config.exists() else {}
+        asked = {**json.loads(config.read_bytes())} if config.exists() else {}  # TypeError if it is no object
     except (ValueError, TypeError):
         raise ValueError(f"{config} is not a config.json: get it again") from None
     for token in (asked.get("bos_token_id"), asked.get("eos_token_id"), special.get("<|endoftext|>")):
@@ -94,7 +94,7 @@ def bos_id(name):
 def token_bytes(name):
     """(vocab_size,): how many bytes of text each token stands for, BOS for none. For bits per byte."""
     tokenizer = get_tokenizer(name)
-    special = {*tokenizer.special.values()} if name not in BOS else {BOS[name]}
+    special = set(tokenizer.special.values()) if name not in BOS else {BOS[name]}
     return np.array([0 if token in special else len(bytes_of(token, tokenizer))
                      for token in range(tokenizer.n_vocab)])
 

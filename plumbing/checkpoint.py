@@ -23,7 +23,7 @@ def save(path, content):
 def load(path):
     """(model, content) of a checkpoint, on the CPU.
 
-    Raises ValueError if it is missing, damaged (it is a zip archive, which has checksums) or something else.
+    Raises ValueError if it is missing, damaged (the checksums of its zip archive tell) or something else.
     """
     if not Path(path).is_file():
         raise ValueError(f"there is no checkpoint {path}: python train.py makes one")

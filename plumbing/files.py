@@ -1,4 +1,4 @@
-"""A file is the old one or the new one, never half of one."""
+"""Write a file completely, or not at all."""
 import os
 from contextlib import contextmanager, suppress
 from pathlib import Path

@@ -27,7 +27,7 @@ def add_flags(parser, *configs, skip=()):
     for title, f, comment in (row for cls in configs for row in fields_of(cls) if row[1].name not in skip):
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
-        kind = next(t for t in (*get_args(f.type), f.type) if t is not type(None))  # int | None: int
+        kind = (get_args(f.type) or (f.type,))[0]  # int | None: int
         if get_origin(f.type) is Literal:
             options = {"choices": get_args(f.type)}
         elif kind is bool:
@@ -50,9 +50,9 @@ def parser_of(doc, name, usage, presets=None):
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30))
     if presets:
         parser.epilog = "presets:"
-        for name, values in presets.items():
+        for preset, values in presets.items():
             table = " ".join(f"{field}={value}" for field, value in values.items())
-            parser.epilog += "\n" + textwrap.fill(table, 78, initial_indent=f"  {name:<8}",
+            parser.epilog += "\n" + textwrap.fill(table, 78, initial_indent=f"  {preset:<8}",
                                                   subsequent_indent=" " * 10)
         parser.add_argument("--preset", choices=list(presets), default=argparse.SUPPRESS,
                             help="a table of values, see below [laptop; gpu where there is CUDA]")
@@ -64,11 +64,12 @@ FULL_MEMORY = "out of memory|allocate memory|(multiplication|calculation) overfl
 
 def run_main(main):
     """Run a script's main(). A mistake that the user can fix ends in one sentence and status 2."""
+    name = os.path.basename(sys.argv[0])
+
     def end(status, text):
         print(f"{name}: {text}", file=sys.stderr)
         sys.exit(status)
 
-    name = os.path.basename(sys.argv[0])
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows ? instead
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a plain kill ends like Ctrl-C
@@ -83,6 +84,6 @@ def run_main(main):
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search(FULL_MEMORY, str(error)):
             raise
-        end(2, "the memory is full: try a smaller --batch_size, --block_size or --n_embd")
+        end(2, "the memory is full: try a smaller batch, window or model")
     except KeyboardInterrupt as interrupt:
         end(130, str(interrupt) or "interrupted")

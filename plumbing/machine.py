@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-
 CORES = torch.get_num_threads()  # torch's own choice, before a run changes it
 
 
@@ -38,8 +37,8 @@ def choose_device(name):
 def choose_threads(threads):
     """(number of CPU threads, reason): as asked, else one for each core that is idle now.
 
-    Two runs with two threads each on two cores are many times slower than two runs with one thread each,
-    because the threads of each wait for those of the other. Linux tells which cores are idle.
+    Two runs with two threads each, on two cores, are many times slower than two runs with one thread each,
+    since they take the cores from each other. Linux tells which cores are idle.
     """
     if threads or "OMP_NUM_THREADS" in os.environ:
         return threads or CORES, "as asked"
@@ -97,9 +96,9 @@ def choose_precision(name, device, stored=None):
 
 
 def autocast(dtype, device):
-    """The context in which a forward makes its matrix products in this dtype."""
+    """The context in which a forward makes its matrix products in this dtype. On CUDA it also allows TF32."""
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
+        torch.set_float32_matmul_precision("high")
     return torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
 
 
@@ -141,7 +140,7 @@ def processes(device):
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     yield dist.get_rank(), dist.get_world_size()
-    dist.destroy_process_group()
+    dist.destroy_process_group()  # not after an error, when it could wait forever
 
 
 def mean_over_processes(value):

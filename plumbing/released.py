@@ -66,14 +66,15 @@ def config_of(folder):
     wrong = [f"{key}={asked[key]!r}" for key, only in FIXED.items() if asked.get(key) not in (only, None)]
     for name, key in KEYS.items():
         kinds = get_args(TYPES[name]) or (TYPES[name],)  # int | None: int, None
-        kinds = (*kinds, int) if float in kinds else kinds  # 1 is a number, too, but true is none
+        kinds = (*kinds, int) if float in kinds else kinds  # 1 may stand for 1.0, but true may not
         if key not in asked or type(asked[key]) not in kinds:
             wrong.append(f"{key}={asked[key]!r}" if key in asked else f"no {key}")
     layers = asked.get("layer_types") or []
     if type(layers) is not list or layers.count("full_attention") < len(layers):
         wrong.append(f"layer_types={layers}")
     gate = [name for name, flags in GATES.items() if flags == tuple(asked[key] for key in GATE_KEYS)]
-    wrong += [] if gate else [f"{key}={asked[key]!r}" for key in GATE_KEYS]
+    if not gate:
+        wrong += [f"{key}={asked[key]!r}" for key in GATE_KEYS]
     try:
         if wrong:
             raise ValueError(", ".join(wrong))

@@ -43,8 +43,8 @@ COLUMNS = {  # name in a row: (heading, format). train_loss is the mean over the
 
 def columns_of(config, attn_share):
     """Names of the columns that a run shows."""
-    measured = 5 if config.n_expert else 4
-    return list(COLUMNS)[: 5 + measured if attn_share else 5]
+    shown = 5 if not attn_share else 10 if config.n_expert else 9
+    return list(COLUMNS)[:shown]
 
 
 def heading(columns):
@@ -71,15 +71,14 @@ def write_log(path, log):
 def describe(say, model, c, meta, choices):
     """Say what was chosen for a run, and why. choices: [(what, choice, reason)]"""
     windows, T = c.windows_per_step, model.config.block_size
-    in_gates = sum(p.numel() for name, p in model.named_parameters() if ".attn.gate." in name)
+    in_gates = sum(p.numel() for name, p in model.named_parameters() if ".gate." in name)
     origin = ", resumed" if c.resume else f", with the weights of {c.init_from}" if c.init_from else ""
-    lines = {what: f"{str(choice).removeprefix('torch.')} ({reason})" for what, choice, reason in choices} | {
-        "model": f"gate {variant(model.config)}, {model.num_params():,} parameters, {in_gates:,} in gates",
-        "data": f"{c.data}, {meta['train']['tokens']:,} training tokens ({meta['tokenizer']})",
-        "steps": f"{c.max_steps:,} of {windows * T:,} tokens ({windows} windows of {T}), {c.optimizer}",
-        "run": f"{c.out}{origin}\n"}
-    for what, text in lines.items():
-        say(f"{what:<8} {text}")
+    for what, choice, reason in choices:
+        say(f"{what:<8} {str(choice).removeprefix('torch.')} ({reason})")
+    say(f"model    gate {variant(model.config)}, {model.num_params():,} parameters, {in_gates:,} in gates")
+    say(f"data     {c.data}, {meta['train']['tokens']:,} training tokens ({meta['tokenizer']})")
+    say(f"steps    {c.max_steps:,} of {windows * T:,} tokens ({windows} windows of {T}), {c.optimizer}")
+    say(f"run      {c.out}{origin}\n")
 
 
 # ---- what was measured -----------------------------------------------------------------------------

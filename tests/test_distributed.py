@@ -10,7 +10,8 @@ from conftest import ROOT, fit, flags
 from plumbing import checkpoint
 
 HANGS = 600  # seconds after which a test gives up waiting
-SETTINGS = dict(n_layer=2, max_steps=10, eval_every=5, optimizer="adamw", grad_clip=0.5, attn_share=True)
+SETTINGS = dict(n_layer=2, max_steps=10, eval_every=5, optimizer="adamw", grad_clip=0.5, attn_share=True,
+                min_lr_ratio=0.1)  # what the command line takes from its preset, fit must be told
 # What every process runs: train.py, and after each forward of training a line of the test's own.
 SCRIPT = f"""
 import os, signal, sys

@@ -272,7 +272,7 @@ def raises(error):
     return main
 
 
-FULL = "the memory is full: try a smaller --batch_size, --block_size or --n_embd"
+FULL = "the memory is full: try a smaller batch, window or model"
 
 
 @pytest.mark.parametrize("main, status, said", [
