@@ -39,6 +39,7 @@ from plumbing.flags import parser_of, run_main  # noqa: E402
 DATA = Path(os.environ.get("GATED_GPT_DATA") or Path(__file__).resolve().parent).expanduser()
 VAL_SHARE = 0.05  # of the text
 MANY_FILES = 20  # from here on, val is made of whole files
+STDIN = Path("-")
 
 
 # ---- a set: writing and opening it -----------------------------------------------------------------
@@ -142,7 +143,8 @@ def text_of(content):
 def read_text(path):
     """The text of a file, or of standard input if the path is "-". ValueError if it is not text."""
     try:
-        return text_of(sys.stdin.buffer.read() if str(path) == "-" else Path(path).expanduser().read_bytes())
+        path = Path(path).expanduser()
+        return text_of(sys.stdin.buffer.read() if path == STDIN else path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is {error}") from None
 
@@ -161,7 +163,7 @@ def read_texts(paths, suffix="", skip=()):
             left_out += [f"{Path(here, name)} (a link)" for name in folders if Path(here, name).is_symlink()]
             files += [Path(here, name) for name in names
                       if name.endswith(suffix) and not name.startswith(".")]
-    for path in sorted(path for path in set(files) if path.is_file()):  # no pipes, which would wait
+    for path in sorted(path for path in set(files) if path == STDIN or path.is_file()):  # no other pipes
         try:
             texts[path] = read_text(path)
         except (ValueError, OSError):
@@ -329,9 +331,9 @@ def prepare_files(paths, name=None, tokenizer="bpe2k", overwrite=False):
     """A set from text files and folders. Val is whole files where there are many, else the end of each."""
     if named := [path for path in paths if path in SETS and not Path(path).exists()]:
         raise ValueError(f"{named[0]} is a set of its own: prepare it without other files")
-    paths = [Path(path).expanduser().resolve() for path in paths]
+    paths = [path if path == STDIN else path.expanduser().resolve() for path in map(Path, paths)]
     for path in paths:
-        if not path.exists():
+        if path != STDIN and not path.exists():
             raise FileNotFoundError(f"{path} is not there; sets known by name are {', '.join(SETS)}")
     name = name or re.sub(r"[^\w.-]+", "-", paths[0].stem).strip("-._") or "text"
     if name in SETS or not re.fullmatch(r"\w[\w.-]*", name):
@@ -353,7 +355,8 @@ def prepare_files(paths, name=None, tokenizer="bpe2k", overwrite=False):
 
 def main(argv=None):
     parser = parser_of(__doc__, "prepare.py", "NAME|FILES ... [--flag=value ...]")
-    parser.add_argument("what", nargs="+", metavar="NAME|FILES", help="a set's name, or files and folders")
+    parser.add_argument("what", nargs="+", metavar="NAME|FILES",
+                        help="a set's name, or files and folders; -: standard input")
     parser.add_argument("--name", help="FILES: what to call the set [after the first file]")
     parser.add_argument("--tokenizer", help=f"FILES: {', '.join(BOS)}, or a released model's folder [bpe2k]")
     parser.add_argument("--overwrite", action="store_true", help="FILES: replace the set of that name")

@@ -554,3 +554,9 @@ def test_between_any_two_steps_of_a_run_another_may_make_the_same_set_for_its_re
         if next(steps) <= at:  # the run had no such step
             return
         shutil.rmtree(prepare.DATA / "small")
+
+
+def test_a_set_may_come_from_standard_input(root, monkeypatch):
+    monkeypatch.setattr(prepare.sys, "stdin", io.TextIOWrapper(io.BytesIO(TEXT.encode())))
+    assert status_of(prepare.main, "- --name=piped --tokenizer=bytes")[0] == 0
+    assert "".join(texts_of("piped")["train"] + texts_of("piped")["val"]) == TEXT
