@@ -131,7 +131,7 @@ class Gate(nn.Module):
 
 
 class RMSNorm(nn.RMSNorm):
-    def forward(self, x):  # torch has a fast kernel for x and weight of one dtype, and warns when they differ
+    def forward(self, x):  # torch's fast kernel wants x and weight in one dtype
         return F.rms_norm(x, self.normalized_shape, self.weight.type_as(x), self.eps)
 
 
@@ -144,11 +144,9 @@ def rope_table(config):
 
 
 def rope(h, cos, sin):
-    """Rotate h (B, T, heads, hs). Channels i and i + hs/2 are a pair (a, b). It turns by the angle of its
-    position into (a cos - b sin, b cos + a sin). The minus is in the table.
-    """
+    """Turn channels i and i + hs/2 of h (B, T, heads, hs), a pair (a, b), by the angle of its position."""
     swapped = h.roll(h.size(-1) // 2, dims=-1)  # (a, b) -> (b, a)
-    return (h * cos + swapped * sin).type_as(h)  # cos and sin are float32
+    return (h * cos + swapped * sin).type_as(h)  # (a cos - b sin, b cos + a sin); the minus is in the table
 
 
 class SDPA(nn.Module):
