@@ -88,7 +88,8 @@ TABLES = {
 }
 
 
-@pytest.mark.parametrize("table", ["to_loss, avx2", "train, avx2", "train", "train, compiled", "sample, avx2"])
+@pytest.mark.parametrize("table", [
+    "to_loss, avx2", "train, avx2", "train", "train, compiled", "sample, avx2"])
 def test_the_tables_of_speed_are_those_that_were_recorded(table):
     recorded = (ROOT / f"experiments/results/speed_{table.replace(', ', '_')}.md").read_text()
     recorded = re.sub(r" +", " ", recorded)
