@@ -108,7 +108,7 @@ TASKS = {
 }
 # What the comparison decides, so that there are no flags for it.
 DECIDED = {"gate", "gate_kind", "gate_shared", "gate_act", "gate_op", "gate_input", "sdpa_norm", "sdpa_silu",
-           "norm", "n_expert", "n_expert_active", "expert_hidden", "vocab_size", "data", "out", "resume",
+           "norm", "n_expert", "n_expert_active", "vocab_size", "data", "out", "resume",
            "overwrite", "seed", "optimizer", "attn_share", "max_steps"}
 
 
