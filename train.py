@@ -429,7 +429,8 @@ def main(argv=None):
           f"byte, step {best['step']:,}; {log[-1]['seconds']:.0f} s")
     if c.attn_share:
         print("\n" + layer_table(log[-1]["layers"], config.block_size))
-    print(f"\na sample (more of it: python sample.py):\n{sampled(model, c)}")
+    where = f" --ckpt={shlex.quote(c.out)}" if c.out else ""  # without --out, sample.py finds the newest run
+    print(f"\na sample (more of it: python sample.py{where}):\n{sampled(model, c)}")
 
 
 def sampled(model, c):
