@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from gated_gpt import GPT, GPTConfig
-from plumbing.files import whole_file
+from plumbing.files import found_again, whole_file
 from plumbing.report import variant
 
 FORMAT = "gated_gpt 2"
@@ -16,8 +16,9 @@ FILES = "last.pt", "best.pt", "log.csv"  # what a run leaves in its folder
 
 def save(path, content):
     """Write a dict of tensors and plain values to one file. Raises OSError when it cannot be written."""
+    weights = {name.removeprefix("_orig_mod."): w for name, w in content["model"].items()}  # if compiled
     with whole_file(path) as file:
-        torch.save({"format": FORMAT} | content, file)
+        torch.save({"format": FORMAT} | content | {"model": weights}, file)
 
 
 def load(path):
@@ -26,7 +27,8 @@ def load(path):
     Raises ValueError if it is missing, damaged (the checksums of its zip archive tell) or something else.
     """
     if not Path(path).is_file():
-        raise ValueError(f"there is no checkpoint {path}: python train.py makes one")
+        raise ValueError(f"there is no checkpoint {path}: python train.py makes one from scratch, "
+                         "--resume goes on with one")
     try:
         with open(path, "rb") as file:
             if zipfile.ZipFile(file).testzip():
@@ -87,4 +89,5 @@ def open_model(path):
     path = path / "best.pt" if path.is_dir() else path
     model, saved = load(path)
     gate, step, data = variant(model.config), saved["step"], saved["train_config"]["data"]
-    return model, saved["tokenizer"], f"{path}: gate {gate}, step {step}, data {data}"
+    return (model, found_again(saved["tokenizer"], path.parent),
+            f"{path}: gate {gate}, step {step}, data {data}")

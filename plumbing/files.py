@@ -1,4 +1,4 @@
-"""Write a file completely, or not at all."""
+"""Files: written completely or not at all; moved, or not really there."""
 import os
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,3 +28,18 @@ def whole_file(path):
     finally:
         with suppress(OSError):  # it is gone already, or the disk is read-only
             temporary.unlink()
+
+
+def found_again(tokenizer, near):
+    """A tokenizer's folder: where it was, else `near` or a folder in it. Names such as bytes stay."""
+    if not {"/", "\\"} & {*tokenizer} or Path(tokenizer).is_dir():
+        return tokenizer
+    copies = [*near.glob("tokenizer.json"), *near.glob("*/tokenizer.json")]
+    return str(copies[0].parent.resolve()) if copies else tokenizer
+
+
+def why(path, error):
+    """Why a downloaded file cannot be read, and what to do."""
+    if Path(path).is_file() and open(path, "rb").read(40).startswith(b"version https://git-lfs"):
+        return "it is only a pointer of git-lfs: run `git lfs pull` there"
+    return f"{str(error)[:100]}: get it again"

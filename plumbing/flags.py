@@ -1,12 +1,15 @@
 """The command line: a flag for each field of a dataclass, and how every script ends."""
 import argparse
 import dataclasses
+import difflib
 import inspect
 import os
 import re
 import signal
 import sys
 import textwrap
+from os.path import expanduser
+from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 
@@ -33,19 +36,40 @@ def add_flags(parser, *configs, skip=()):
         elif kind is bool:
             options = {"action": argparse.BooleanOptionalAction}
         else:
-            options = {"type": kind, "metavar": {int: "N", float: "X", str: "NAME"}[kind]}
+            options = {"metavar": {int: "N", float: "X", str: "NAME"}[kind],
+                       "type": None if kind is str else kind}
         default = ("off", "on")[f.default] if type(f.default) is bool else f.default
         shown = comment if default is None else f"{comment} [{default}]"
         groups[title].add_argument(f"--{f.name}", help=shown, default=argparse.SUPPRESS, **options)
 
 
+def utf8(text):
+    """The type of a flag whose text stays as it is. ValueError for a byte that is not UTF-8."""
+    return text.encode().decode()
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that knows ~ and whose errors name a way out."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.register("type", None, expanduser)  # a shell leaves the ~ of --out=~/run as it is
+        self.register("type", Path, lambda text: Path(expanduser(text)))
+
+    def error(self, message):
+        if unknown := re.match(r"unrecognized arguments: ([^\s=]+)", message):
+            near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
+            message += f": did you mean {near[0]}?" if near else ": --help shows flags and presets"
+        super().error(message.replace("ignored explicit argument", "a switch: write it without"))
+
+
 def parser_of(doc, name, usage, presets=None):
-    """An ArgumentParser that shows a script's docstring as it is, and takes no shortened flags.
+    """A Parser that shows a script's docstring as it is, and takes no shortened flags.
 
     presets: {name: {field: value}}, for a flag --preset and the end of the help.
     """
     shown = (doc or "").partition("\nReading order")[0]  # python -OO drops docstrings
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=name, usage=f"{name} {usage}", description=shown, allow_abbrev=False,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30))
     if presets:
@@ -71,7 +95,8 @@ def run_main(main):
         sys.exit(status)
 
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows ? instead
+        # A terminal that lacks a character shows ? instead; a log file has each line at once.
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a plain kill ends like Ctrl-C
     try:
         main()

@@ -117,6 +117,17 @@ def test_folders_are_made_where_they_are_missing_but_not_where_a_file_is(old):
     assert sorted(os.listdir(old.parent)) == ["a", "file"] and old.read_bytes() == b"old"
 
 
+@pytest.mark.parametrize("there, found", [
+    (["old"], "old"), (["old", "run"], "old"), (["run"], "run"), (["run/copy"], "run/copy"), ([], "old"),
+    (["elsewhere"], "old")])
+def test_a_tokenizer_is_where_it_was_or_beside_what_needs_it(there, found, tmp_path):
+    for name in there:
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "tokenizer.json").write_text("{}")
+    assert files.found_again(str(tmp_path / "old"), tmp_path / "run") == str(tmp_path / found)
+    assert files.found_again("bytes", tmp_path / "run") == "bytes"
+
+
 # ---- checkpoints -------------------------------------------------------------------------------------
 
 
@@ -142,6 +153,14 @@ def test_what_is_saved_is_what_is_loaded(tmp_path, variant):
     assert torch.equal(loaded.eval()(idx)[0], model(idx)[0])
     for one, other in zip(content["moments"], found["moments"], strict=True):
         assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_a_compiled_model_is_saved_as_what_it_is(tmp_path):
+    model = lively(tiny(n_layer=1))
+    weights = torch.compile(model).state_dict()
+    assert all(name.startswith("_orig_mod.") for name in weights)
+    checkpoint.save(tmp_path / "model.pt", dict(config=vars(model.config), model=weights))
+    assert all(map(torch.equal, checkpoint.load(tmp_path / "model.pt")[0].parameters(), model.parameters()))
 
 
 def refused(path):
@@ -263,6 +282,28 @@ def test_a_flag_that_is_shortened_or_unknown_or_has_a_wrong_value_is_refused(par
     assert status == 2 and flag.split("=")[0].lstrip("-") in said.splitlines()[-1]
 
 
+@pytest.mark.parametrize("words, said", [
+    ("--compile=False", "--compile/--no-compile: a switch: write it without 'False'"),
+    ("--block-size=64", "did you mean --block_size?"), ("--max_iters=9", "did you mean --max_steps?"),
+    ("--out_dir=x", "did you mean --out?"), ("--dtype=float16", "choose from"),
+    ("config/train_shakespeare_char.py", "--help shows flags and presets"),
+    ("--wandb_log=True", "--wandb_log=True: --help shows flags and presets")])
+def test_a_habit_from_nanogpt_is_answered_with_how_it_is_said_here(parser, words, said):
+    status, _, err = status_of(parser.parse_args, words)
+    assert status == 2 and said in err.splitlines()[-1] and len(err.splitlines()) == 2
+
+
+def test_a_tilde_is_the_home_folder_in_every_flag_that_is_a_name_or_a_path(parser, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    parser.add_argument("--ckpt")
+    parser.add_argument("--results", type=Path)
+    parser.add_argument("--prompt", type=flags.utf8)
+    found = parser.parse_args(["--out=~/run", "--init_from=~/a b", "--ckpt=~", "--results=~/r",
+                               "--prompt=~/x"])
+    assert (found.out, found.init_from, found.ckpt) == ("/home/me/run", "/home/me/a b", "/home/me")
+    assert (found.results, found.prompt) == (Path("/home/me/r"), "~/x")
+
+
 # ---- how a script ends -------------------------------------------------------------------------------
 
 
@@ -302,10 +343,19 @@ def test_a_reader_that_goes_away_ends_a_script_silently():
         assert process.stderr.read() == b"" and process.wait(600) == 141
 
 
-def test_the_flags_are_there_without_docstrings():
-    words = [sys.executable, "-OO", ROOT / "train.py", "--help"]
-    process = subprocess.run(words, capture_output=True, text=True, timeout=600)
-    assert FIELDS.keys() <= set(re.findall(r"--(\w+)", process.stdout)) and process.stderr == ""
+def test_what_is_printed_to_a_file_is_there_line_by_line():
+    script = "import os, plumbing.flags as f; f.run_main(lambda: [print('row'), os._exit(0)])"  # no flush
+    words, plain = [sys.executable, "-c", script], os.environ | {"PYTHONUNBUFFERED": ""}
+    assert subprocess.run(words, cwd=ROOT, capture_output=True, env=plain).stdout == b"row\n"
+
+
+@pytest.mark.parametrize("script, names", [
+    ("train.py", FIELDS), ("sample.py", ["ckpt", "prompt"]), ("data/prepare.py", ["tokenizer"])])
+def test_the_flags_are_there_without_docstrings_and_without_the_scripts_folder_on_the_path(script, names):
+    words = [sys.executable, "-OO", ROOT / script, "--help"]
+    process = subprocess.run(words, capture_output=True, text=True, timeout=600,
+                             env=os.environ | {"PYTHONSAFEPATH": "1"})  # as python -P, since Python 3.11
+    assert {*names} <= {*re.findall(r"--(\w+)", process.stdout)} and process.stderr == ""
 
 
 # ---- the machine -------------------------------------------------------------------------------------
