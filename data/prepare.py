@@ -33,7 +33,7 @@ from tqdm import tqdm
 if not __package__:  # run as a script, Python looks for modules in this folder: let it look in the project's
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 from data.tokenizers import BOS, bos_id, get_tokenizer, token_bytes  # noqa: E402
-from plumbing.files import whole_file  # noqa: E402
+from plumbing.files import found_again, whole_file  # noqa: E402
 from plumbing.flags import parser_of, run_main  # noqa: E402
 
 DATA = Path(os.environ.get("GATED_GPT_DATA") or Path(__file__).resolve().parent).expanduser()
@@ -113,6 +113,7 @@ def load(name):
     tokens = {}
     try:
         meta = json.loads((folder / "meta.json").read_bytes())
+        meta["tokenizer"] = found_again(meta["tokenizer"], folder)
         for split in ("train", "val"):
             tokens[split] = np.memmap(folder / f"{split}.bin", meta["dtype"], mode="r")
             if len(tokens[split]) != meta[split]["tokens"]:

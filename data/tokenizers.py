@@ -3,10 +3,13 @@ import base64
 import codecs
 import json
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
 import tiktoken
+
+from plumbing.files import why
 
 BOS = {"bpe2k": 2047, "bytes": 256, "gpt2": 50256}  # the last id: the token before each text and each window
 # BPE never merges across these: words with the space before them, up to three digits, signs, white space.
@@ -33,7 +36,15 @@ def get_tokenizer(name):
                           "use bpe2k or bytes") from error
     if Path(name).is_dir():
         return FolderTokenizer(name)
-    raise ValueError(f"tokenizer {name} is not one of {', '.join(BOS)}, nor a folder that is there")
+    raise ValueError(f"tokenizer {name} is not one of {', '.join(BOS)}, nor a folder that is there: copy it "
+                     "beside the run or set that needs it, or name it with --tokenizer")
+
+
+def same_tokenizer(name, other):
+    """Whether two names mean the same tokens. A folder may have been copied or moved."""
+    if name == other or BOS.keys() & {name, other}:
+        return name == other
+    return get_tokenizer(name).tokenizer.to_str() == get_tokenizer(other).tokenizer.to_str()
 
 
 def encoding_of(name, pattern, ranks):
@@ -63,7 +74,7 @@ class FolderTokenizer:
             self.special = {t.content: i for i, t in self.tokenizer.get_added_tokens_decoder().items()
                             if t.special}
         except Exception as error:  # the package raises plain Exception
-            raise ValueError(f"{path} is no tokenizer that can be read ({str(error)[:100]})") from None
+            raise ValueError(f"{path} is no tokenizer that can be read: {why(path, error)}") from None
         self.tokenizer.encode_special_tokens = True  # a text that says <|endoftext|> means these letters
         self.n_vocab = max(self.tokenizer.get_vocab().values()) + 1
 
@@ -75,19 +86,36 @@ class FolderTokenizer:
         return bytes(letters[c] for c in text) if letters.keys() >= set(text) else text.encode()
 
 
+def asked(folder, file):
+    """What a JSON file in a released model's folder says; nothing if it is not there."""
+    path = Path(folder, file)
+    try:
+        return {**json.loads(path.read_bytes())} if path.exists() else {}  # TypeError if it is no object
+    except (ValueError, TypeError):
+        raise ValueError(f"{path} is not a {file}: get it again") from None
+
+
 def bos_id(name):
     """The id of the token that a text starts with. A released model's config.json names it."""
     if name in BOS:
         return BOS[name]
-    special, config = get_tokenizer(name).special, Path(name, "config.json")
-    try:
-        asked = {**json.loads(config.read_bytes())} if config.exists() else {}  # TypeError if it is no object
-    except (ValueError, TypeError):
-        raise ValueError(f"{config} is not a config.json: get it again") from None
-    for token in (asked.get("bos_token_id"), asked.get("eos_token_id"), special.get("<|endoftext|>")):
+    special, config = get_tokenizer(name).special, asked(name, "config.json")
+    for token in (config.get("bos_token_id"), config.get("eos_token_id"), special.get("<|endoftext|>")):
         if token in special.values():
             return token
-    raise ValueError(f"{config} names no bos_token_id or eos_token_id that the tokenizer has: add one")
+    raise ValueError(f"{Path(name, 'config.json')} names no bos_token_id or eos_token_id that the tokenizer "
+                     "has: add one")
+
+
+def end_ids(name):
+    """The ids that end a text: BOS, since it starts the next one, and the EOS that a released model names."""
+    if name in BOS:
+        return {BOS[name]}
+    ids = [bos_id(name)]
+    for file in ("config.json", "generation_config.json"):
+        eos = asked(name, file).get("eos_token_id")
+        ids += eos if isinstance(eos, list) else [eos]
+    return {token for token in get_tokenizer(name).special.values() if token in ids}
 
 
 @cache
@@ -115,3 +143,8 @@ class TextOut:
 
     def add(self, token):
         return self.decoder.decode(bytes_of(token, self.tokenizer))
+
+    def rest(self, tokens=(), ends=()):
+        """The text of the last tokens, before one of `ends`; a sign for a character that lacks bytes."""
+        text = "".join(map(self.add, takewhile(lambda token: token not in ends, map(int, tokens))))
+        return text + self.decoder.decode(b"", final=True)

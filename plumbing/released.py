@@ -14,7 +14,7 @@ from typing import get_args
 import torch
 
 from gated_gpt import GPT, GPTConfig, rope_table
-from plumbing.files import whole_file
+from plumbing.files import whole_file, why
 from plumbing.report import variant
 
 KEYS = {  # our field: their key in config.json
@@ -62,7 +62,7 @@ def config_of(folder):
     try:
         asked = {"use_qk_norm": True, **dict.fromkeys(GATE_KEYS, False), **json.loads(path.read_bytes())}
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): get it again") from None
+        raise ValueError(f"{path} cannot be read: {why(path, error)}") from None
     wrong = [f"{key}={asked[key]!r}" for key, only in FIXED.items() if asked.get(key) not in (only, None)]
     for name, key in KEYS.items():
         kinds = get_args(TYPES[name]) or (TYPES[name],)  # int | None: int, None
@@ -94,7 +94,7 @@ def tensors_of(folder):
         try:
             tensors |= safetensors().load_file(path)
         except Exception as error:  # safetensors raises what the bytes lead it to
-            raise ValueError(f"{path} cannot be read ({error}): get it again") from None
+            raise ValueError(f"{path} cannot be read: {why(path, error)}") from None
     return tensors
 
 
@@ -104,6 +104,10 @@ def load_released(folder, block_size=None):
     block_size: a window other than max_position_embeddings. ValueError if config and weights do not fit.
     """
     config, tensors = config_of(folder), tensors_of(folder)
+    tensors = {name if name.startswith(("model.", "lm_head.")) else f"model.{name}": tensor
+               for name, tensor in tensors.items()}  # some files leave out "model."
+    if any(name.endswith("_proj.bias") for name in tensors):
+        raise ValueError(f"{folder} has weights for attention_bias=True, which gated_gpt.py cannot make")
     config = dataclasses.replace(config, block_size=block_size or config.block_size)
     with torch.device("meta"):  # names and shapes, but no numbers: drawing those would take seconds
         model = GPT(config)
@@ -134,6 +138,7 @@ def save_released(model, folder):
 
     Raises ValueError for a model that the layout cannot describe, OSError when it cannot be written.
     """
+    model = getattr(model, "_orig_mod", model)  # if compiled
     c, gate, own = model.config, variant(model.config), dict(model.named_parameters())
     if gate not in GATES:
         raise ValueError(f"the released layout has no {gate}, only {', '.join(GATES)}: keep the checkpoint")
