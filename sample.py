@@ -9,14 +9,18 @@ Text from a trained model:
 
 Reading order: parse_flags -> main -> write -> text_blocks -> measure_blocks.
 """
+import sys
+from pathlib import Path
+
 import numpy as np
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # for python -P, which leaves it out
 from data.prepare import read_text
-from data.tokenizers import BOS, TextOut, bos_id, get_tokenizer
+from data.tokenizers import TextOut, bos_id, bytes_of, end_ids, get_tokenizer
 from gated_gpt import measure
 from plumbing.checkpoint import newest_run, open_model
-from plumbing.flags import parser_of, run_main
+from plumbing.flags import parser_of, run_main, utf8
 from plumbing.machine import choose_device, choose_precision
 from plumbing.report import draw_maps, layer_table, means_table, variant
 
@@ -27,12 +31,14 @@ BLOCKS = 64  # of --text, at most
 def parse_flags(argv=None):
     parser = parser_of(__doc__, "sample.py", "[--flag=value ...]")
     parser.add_argument("--ckpt", help="what to sample from [the newest run in out/]")
-    parser.add_argument("--prompt", default="", help="text to continue; -: from standard input [none]")
+    parser.add_argument("--prompt", type=utf8, default="", help="text to continue; -: standard input [none]")
     parser.add_argument("--tokens", type=int, default=256, help="tokens to add [%(default)s]")
     parser.add_argument("--samples", type=int, default=1, help="texts, made side by side [%(default)s]")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token [%(default)s]")
     parser.add_argument("--top_k", type=int, help="choose among the k likeliest tokens only [all]")
+    parser.add_argument("--no-stop", dest="stop", action="store_false", help="go on where a text ends")
     parser.add_argument("--seed", type=int, default=0, help="of the random choices [%(default)s]")
+    parser.add_argument("--tokenizer", metavar="FOLDER", help="where it is, if it was moved")
     parser.add_argument("--device", default="cpu", help="auto, cpu, cuda, mps [%(default)s]")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
                         help="of the weights; auto: as stored, if the hardware can multiply it [%(default)s]")
@@ -56,8 +62,8 @@ def main(argv=None):
     flags = parse_flags(argv)
     device, _ = choose_device(flags.device)
     model, name, title = open_model(flags.ckpt or newest_run())
+    name, released = flags.tokenizer or name, "a released model" in title  # trained without a BOS in front
     tokenizer, bos, T = get_tokenizer(name), bos_id(name), model.config.block_size
-    released = name not in BOS  # such a model was trained without a BOS in front
     if tokenizer.n_vocab > model.config.vocab_size:
         raise ValueError(f"the tokenizer {name} has {tokenizer.n_vocab} tokens, but the model only "
                          f"{model.config.vocab_size}: they do not belong together, so get both again")
@@ -78,9 +84,14 @@ def main(argv=None):
             model.compile(dynamic=False)  # two graphs, for the prompt and for a single token
         prompt = read_text("-") if flags.prompt == "-" else flags.prompt
         tokens = tokenizer.encode_ordinary(prompt)  # "<|bos|>" in a prompt means these seven letters
+        if released and not tokens:
+            print(f"no prompt: the text starts from {bytes_of(bos, tokenizer).decode()}", file=sys.stderr)
+        if prompt.endswith(" ") and name != "bytes":
+            print("a prompt that ends in a space is rare in training: better leave it out", file=sys.stderr)
         if not released or not tokens:
             tokens = [bos, *tokens]
-        window = write(model, torch.tensor([tokens], device=device), prompt, tokenizer, flags)
+        ends = end_ids(name) if flags.stop else set()
+        window = write(model, torch.tensor([tokens], device=device), prompt, tokenizer, ends, flags)
     if flags.attn_share:
         layers = measure_blocks(model, window)
         print("\n" + layer_table(layers, window.size(1)))
@@ -96,26 +107,28 @@ def main(argv=None):
         print(f"\n{flags.attn_map}: attention on the first {shown.size(1)} tokens")
 
 
-def write(model, idx, prompt, tokenizer, flags):
+def write(model, idx, prompt, tokenizer, ends, flags):
     """Print what follows on idx (1, t), flags.samples times; return the first text's last window, (1, T)."""
-    generator, made = torch.Generator(idx.device).manual_seed(flags.seed), []
-    text = TextOut(tokenizer)
+    generator, start = torch.Generator(idx.device).manual_seed(flags.seed), idx.expand(flags.samples, -1)
+    text, made, ended, length = TextOut(tokenizer), [], np.zeros(flags.samples, bool), idx.size(1)
     if flags.samples == 1:
         print(prompt, end="", flush=True)
-    for new in model.stream(idx.expand(flags.samples, -1), flags.tokens, flags.temperature, flags.top_k,
-                            generator):
+    for new in model.stream(start, flags.tokens, flags.temperature, flags.top_k, generator):
+        ended |= [token in ends for token in new.tolist()]
+        if ended.all():
+            break
+        length += not ended[0]  # of the first text
         made.append(new)  # (samples,)
         if flags.samples == 1:  # show it as it is made
             print(text.add(new.item()), end="", flush=True)
-    whole = torch.stack([*idx.expand(flags.samples, -1).unbind(1), *made], dim=1)  # (samples, t + n)
+    whole = torch.stack([*start.unbind(1), *made], dim=1)  # (samples, t + n)
     if flags.samples == 1:
-        print()
+        print(text.rest())
     else:
         for i, row in enumerate(whole[:, idx.size(1):].tolist(), 1):
-            text = TextOut(tokenizer)
-            print(f"--- {i} ---\n{prompt}" + "".join(text.add(token) for token in row))
-    T = model.config.block_size
-    return whole[:1] if whole.size(1) <= T else torch.cat((whole[:1, :1], whole[:1, 1 - T:]), dim=1)
+            print(f"--- {i} ---\n{prompt}{TextOut(tokenizer).rest(row, ends)}")
+    first, T = whole[:1, :length], model.config.block_size
+    return first if length <= T else torch.cat((first[:, :1], first[:, 1 - T:]), dim=1)
 
 
 def text_blocks(text, tokenizer, bos, T):

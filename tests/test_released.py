@@ -10,6 +10,7 @@ import json
 import math
 import random
 import re
+import shutil
 import subprocess
 import sys
 import unicodedata
@@ -18,12 +19,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, refusal, status_of
+from conftest import ROOT, configs, fit, refusal, status_of
 
 import sample
 import train
 from data import prepare
-from data.tokenizers import bos_id, get_tokenizer, token_bytes
+from data.tokenizers import bos_id, end_ids, get_tokenizer, token_bytes
 from gated_gpt import GPT, GPTConfig, measure
 from plumbing import machine
 from plumbing.released import load_released, save_released
@@ -282,6 +283,25 @@ def test_a_folder_that_is_not_whole_is_refused(name, said, released):
     assert said in refusal(sample.main, ["--ckpt=released"])
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_pointer_of_git_lfs_is_told_from_a_damaged_file(name, released):
+    Path(released, name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 123\n")
+    assert f"{name} " in (said := refusal(sample.main, ["--ckpt=released"])) and "run `git lfs pull`" in said
+
+
+def test_weights_whose_names_lack_the_prefix_model_are_read(tmp_path):
+    config, tensors = write_folder(tmp_path)
+    write_folder(tmp_path, {name.removeprefix("model."): tensor for name, tensor in tensors.items()})
+    assert furthest(logits(load_released(tmp_path)), reference(tensors, config)) < 1e-5
+
+
+def test_biases_are_refused_with_the_key_that_asks_for_them(tmp_path):
+    biases = {f"model.layers.0.self_attn.{name}_proj.bias": torch.zeros(24) for name in "qk"}
+    write_folder(tmp_path, drawn_tensors(CONFIG) | biases, says=dict(attention_bias=True))
+    with pytest.raises(ValueError, match="has weights for attention_bias=True, which"):
+        load_released(tmp_path)
+
+
 @pytest.mark.parametrize("package", ["safetensors", "tokenizers"])
 def test_without_a_package_one_is_told_what_to_install(package, released, monkeypatch):
     for name in [name for name in sys.modules if name.split(".")[0] == package]:
@@ -426,6 +446,16 @@ def test_a_text_starts_with_bos_or_eos_if_special_else_with_endoftext(config, st
     assert bos_id(released) == start
 
 
+@pytest.mark.parametrize("config, generation, ends", [
+    (701, None, {701}), ([701, 700], None, {700, 701}), (None, None, {700}), (7, None, {700}),
+    (700, [701, 700], {700, 701}), (700, 701, {700, 701}), (700, 9999, {700})])
+def test_a_text_ends_at_the_special_tokens_that_the_folder_names_as_eos(config, generation, ends, released):
+    Path(released, "config.json").write_text(json.dumps({"eos_token_id": config}))
+    if generation:
+        Path(released, "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+    assert end_ids(released) == ends
+
+
 def test_the_command_makes_a_set_in_the_tokens_of_a_folder(released, tmp_path, use_data):
     text = "naïve e\u0301 東京 <|endoftext|> " * 100
     Path("text.txt").write_text(text, encoding="utf-8")
@@ -461,6 +491,52 @@ def test_a_prompt_is_continued_without_a_bos_in_front_unless_it_is_empty(prompt,
     new = text_of(tokens[len(start) + (not start):], errors="replace")
     said = says(f"--prompt={prompt}", "--tokens=12", "--temperature=0")
     assert said.rstrip("\n\ufffd") == (prompt + new).rstrip("\ufffd") and len(said) > len(prompt) + 9
+
+
+def test_without_a_prompt_the_token_that_it_starts_from_is_named(released):
+    assert "no prompt: the text starts from <|endoftext|>\n" == status_of(sample.main, "--ckpt=released")[2]
+    assert status_of(sample.main, "--ckpt=released --prompt=a")[2] == ""
+
+
+@pytest.fixture
+def own(released, data_root, tmp_path, use_data):
+    """A run of ours in `run`, on a set `own` in the tokens of the folder."""
+    use_data(tmp_path / "sets")
+    prepare.prepare_files([data_root / "text.txt"], "own", released)
+    fit(data="own", max_steps=2, out="run")
+    return Path("run")
+
+
+def test_a_run_in_the_tokens_of_a_folder_has_a_bos_in_front(own, monkeypatch):
+    windows = []
+    monkeypatch.setattr(sample, "measure_blocks", lambda model, _: windows.append(_) or measure(model, _))
+    assert status_of(sample.main, "--ckpt=run --prompt=a --tokens=2 --attn_share")[0] == 0
+    assert windows[0][0, 0] == bos_id("released") and windows[0].size(1) == 4
+
+
+def test_a_tokenizer_that_was_moved_is_found_beside_the_run_or_where_a_flag_says(own, released):
+    flags = "--ckpt=run --prompt=a --tokens=3"
+    before = status_of(sample.main, flags)
+    assert before[0] == 0
+    Path(released).rename("moved")
+    get_tokenizer.cache_clear()
+    assert "nor a folder that is there: copy it beside the run" in refusal(sample.main, flags)
+    assert status_of(sample.main, f"{flags} --tokenizer=moved") == before
+    shutil.copytree("moved", "run/tokenizer")
+    assert status_of(sample.main, flags) == before
+
+
+def test_the_same_tokenizer_in_another_place_is_the_same(own, released, data_root):
+    shutil.copytree(released, "copy")
+    prepare.prepare_files([data_root / "text.txt"], "twin", "copy")
+    config, c = configs(data="twin", init_from="run")
+    config, meta, *_ = train.open_data(config, c, torch.device("cpu"))
+    assert meta["tokenizer"].endswith("copy") and train.start(config, c, meta, torch.device("cpu"))
+    path = Path("copy/tokenizer.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": None}))
+    get_tokenizer.cache_clear()
+    with pytest.raises(ValueError, match="run reads tokens of .*released, but twin has those of .*copy"):
+        train.start(config, c, meta, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("stored, asked, able, used", [

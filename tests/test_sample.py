@@ -143,6 +143,52 @@ def test_a_prompt_that_says_bos_is_plain_text(run):
     assert printed("--tokens=8", "--prompt=<|bos|>", "--temperature=0") == text
 
 
+@pytest.fixture
+def emit(monkeypatch):
+    """emit(rows): the model makes these tokens, a row for each text; returns a list of the steps it took."""
+    def scripted(*rows):
+        steps = []
+        monkeypatch.setattr(GPT, "stream", lambda model, idx, n, *rest: (
+            steps.append(new) or new for new in torch.tensor([list(row) for row in rows]).T[:n]))
+        return steps
+
+    return scripted
+
+
+def test_a_text_ends_at_bos_which_is_not_printed_unless_no_stop_is_given(run, emit):
+    steps = emit([*b"ab", 256, *b"cd"])
+    assert printed("--prompt=x") == "xab\n" and len(steps) == 3
+    assert printed("--prompt=x", "--no-stop") == "xab<|bos|>cd\n"
+
+
+def test_of_several_texts_each_ends_at_its_own_bos(run, emit):
+    steps = emit([*b"ab", 256, *b"cde"], [*b"efgh", 256, *b"i"])
+    said = printed("--prompt=x", "--samples=2", "--attn_share")
+    assert said.startswith("--- 1 ---\nxab\n--- 2 ---\nxefgh\n") and len(steps) == 5
+    layers = measure(checkpoint.load(run / "best.pt")[0], torch.tensor([[256, *b"xab"]]))
+    assert layer_table(layers, 4) in said
+
+
+@pytest.mark.parametrize("samples, text", [(1, "xa\ufffd\n"), (2, "--- 1 ---\nxa\ufffd\n--- 2 ---\nxab\n")])
+def test_a_character_without_its_last_bytes_shows_as_a_sign_for_that(samples, text, run, emit):
+    emit(*[b"a\xc3", b"ab"][:samples])
+    assert printed("--prompt=x", f"--samples={samples}") == text
+
+
+def test_a_prompt_that_ends_in_a_space_gets_a_hint_unless_tokens_are_bytes(run):
+    hint = "a prompt that ends in a space is rare in training"
+    assert hint not in status_of(sample.main, ["--tokens=1", "--prompt=def "])[2]
+    train.train(*configs(data="words", max_steps=1, out="words"), say=quiet)
+    for prompt, hints in {"def ": 1, "def": 0, "def\n": 0, "": 0}.items():
+        said = status_of(sample.main, ["--ckpt=words", "--tokens=1", f"--prompt={prompt}"])
+        assert said[0] == 0 and said[2].count(hint) == hints
+
+
+def test_a_prompt_with_bytes_that_are_not_utf8_is_refused(run):
+    prompt = os.fsdecode(b"caf\xe9")  # as Python gives it to a script
+    assert f"--prompt: invalid utf8 value: {prompt!r}" in refusal(sample.main, ["--prompt=" + prompt])
+
+
 # --- where the attention goes -----------------------------------------------------------------------
 
 
