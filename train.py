@@ -16,6 +16,7 @@ Reading order: TrainConfig -> PRESETS -> Windows -> make_optimizers -> train_ste
 import dataclasses
 import math
 import shlex
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +27,9 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # for python -P, which leaves it out
 from data import prepare
-from data.tokenizers import TextOut, get_tokenizer
+from data.tokenizers import TextOut, get_tokenizer, same_tokenizer
 from gated_gpt import GPT, GPTConfig, check_fields, measure, uniform_share
 from plumbing import checkpoint, machine
 from plumbing.flags import add_flags, parser_of, run_main
@@ -51,7 +53,7 @@ class TrainConfig:
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, with adamw for the rest
     learning_rate: float = 1e-3  # peak learning rate
     schedule: Literal["cosine", "constant"] = "cosine"  # learning rate after warm-up
-    warmup_steps: int = 100  # steps in which the learning rate climbs to its peak
+    warmup_steps: int = 100  # steps in which the learning rate climbs to its peak; in a short run fewer
     min_lr_ratio: float = 0.1  # last learning rate of the cosine, as a fraction of the peak
     weight_decay: float = 0.1  # on matrices only
     beta1: float = 0.9  # AdamW (not Muon): memory of the mean gradient
@@ -312,7 +314,7 @@ def start(config, c, meta, device):
     model = GPT(config)
     if c.init_from:
         other, tokenizer, _ = checkpoint.open_model(c.init_from)
-        if tokenizer != meta["tokenizer"]:
+        if not same_tokenizer(tokenizer, meta["tokenizer"]):
             raise ValueError(f"{c.init_from} reads tokens of {tokenizer}, but {c.data} has those of "
                              f"{meta['tokenizer']}: prepare the data with --tokenizer={tokenizer}")
         try:
@@ -328,9 +330,9 @@ def resume(config, c, meta, device):
     """(model, optimizers, state) of the last checkpoint. All else (batches, rate) follows from the step."""
     path = Path(c.out, "last.pt")
     model, saved = checkpoint.load(path)
-    if model.config != config or saved["data"] != meta["train"]["sha256"]:
-        raise ValueError(f"{path} was trained with another model, or on other data than {c.data} is now: "
-                         "prepare the same data again, or start a new run with --init_from")
+    if model.config != config or saved["data"] != meta["train"]["sha256"] or not saved["optimizers"]:
+        raise ValueError(f"{path} was trained with another model, or on other data than {c.data} is now, or "
+                         "lacks an optimizer: prepare the same data again, or start anew with --init_from")
     if saved["step"] >= c.max_steps:
         raise ValueError(f"{path} is at step {saved['step']} already: a larger --max_steps goes on")
     model.to(device)
@@ -416,7 +418,11 @@ def configs_from(flags):
         there = dataclasses.asdict(checkpoint.open_model(flags["init_from"])[0].config)
         free = {name: values[name] for name in ("block_size", "dropout") if name in values}
         values = values | there | free
-    return make_configs(values | flags)
+    config, c = make_configs(values | flags)
+    if flags.get("warmup_steps", 0) >= c.max_steps:
+        raise ValueError(f"warmup_steps={c.warmup_steps} must be below max_steps={c.max_steps}: try a tenth")
+    c.warmup_steps = flags.get("warmup_steps", min(c.warmup_steps, c.max_steps // 2))  # it must end
+    return config, c
 
 
 def main(argv=None):
@@ -434,15 +440,15 @@ def main(argv=None):
 
 
 def sampled(model, c):
-    """A text of 120 tokens from a model."""
+    """A text of 120 tokens from a model, or fewer if it ends: BOS would start the next one."""
     meta, _ = prepare.load(c.data)
     try:
         text = TextOut(get_tokenizer(meta["tokenizer"]))
-    except OSError as error:
+    except (OSError, ValueError) as error:
         return f"none: {error}"
     device = model.embed.weight.device
     bos, generator = torch.tensor([[meta["bos"]]], device=device), torch.Generator(device).manual_seed(c.seed)
-    return "".join(text.add(token.item()) for token in model.stream(bos, 120, 0.8, generator=generator))
+    return text.rest(model.stream(bos, 120, 0.8, generator=generator), ends={meta["bos"]})
 
 
 if __name__ == "__main__":

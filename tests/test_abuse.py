@@ -148,7 +148,7 @@ def tried(main, always, draw, tries, most, last=()):
 
 
 def test_any_flags_of_train_run_or_are_refused_with_a_sentence(here):
-    tried(train.main, flags(), flag_of_field, 60, 4, ["--max_steps=2", "--out=run", "--overwrite"])
+    tried(train.main, flags(), flag_of_field, 60, 4, ["--max_steps=3", "--out=run", "--overwrite"])
 
 
 def test_any_flags_of_sample_run_or_are_refused_with_a_sentence(here):

@@ -201,6 +201,7 @@ def test_resuming_with_a_flag_that_would_make_another_run_is_refused(words):
     before = Path("run/last.pt").read_bytes()
     said = refusal(train.main, f"--resume --out=run --max_steps=9 {words}")
     assert words.split("=")[0].replace("--no-", "--") in said and "max_steps" not in said
+    assert "start a new run with --init_from" in said
     assert Path("run/last.pt").read_bytes() == before
 
 
@@ -212,6 +213,12 @@ def test_resuming_with_other_data_is_refused(here, use_data, data_root):
     prepare.prepare_files([here / "other.txt"], "tiny", "bytes", overwrite=True)
     said = refusal(train.main, "--resume --out=run")
     assert "other data" in said and "tiny" in said
+
+
+def test_resuming_a_run_whose_optimizer_was_dropped_is_refused():
+    fit(out="run")
+    checkpoint.save("run/last.pt", content_of() | {"optimizers": []})  # as finished experiments are kept
+    assert "lacks an optimizer" in refusal(train.main, "--resume --out=run --max_steps=9")
 
 
 # ---- real processes --------------------------------------------------------------------------------
@@ -495,7 +502,7 @@ def test_bits_per_byte_are_nats_over_ln_2_times_tokens_per_byte():
     assert row["val_loss"] > 0 and math.isnan(row["bits_per_byte"])
 
 
-EXPLODE = dict(learning_rate=1e9, grad_clip=0.0, warmup_steps=60, max_steps=60, schedule="constant")
+EXPLODE = dict(learning_rate=1e9, grad_clip=0.0, warmup_steps=60, max_steps=61, schedule="constant")
 
 
 def test_a_loss_that_explodes_ends_in_one_sentence_and_leaves_the_checkpoints_before_it():
@@ -572,6 +579,12 @@ def test_init_from_starts_with_the_weights_and_the_shape_of_a_checkpoint():
         assert_same(weights("new/last.pt"), weights(from_file))
         assert content_of("new/last.pt")["step"] == 1
         assert checkpoint.load("new/last.pt")[0].config.block_size == train.PRESETS["laptop"]["block_size"]
+
+
+@pytest.mark.parametrize("word", ["resume", "scratch", "gpt2"])
+def test_what_nanogpt_would_init_from_is_answered_with_how_to_start_and_how_to_go_on(word):
+    said = refusal(train.main, f"--init_from={word} --device=cpu")
+    assert f"no checkpoint {word}: python train.py makes one from scratch, --resume goes on with one" in said
 
 
 @pytest.mark.parametrize("old, new", [("words", "tiny"), ("tiny", "words")])
@@ -652,6 +665,23 @@ def test_the_vocabulary_is_the_datas_unless_a_larger_one_is_asked_for():
     assert "vocab_size=256 is less than the 257" in refusal(train.main, flags(vocab_size=256))
 
 
+def test_a_warm_up_that_never_ends_is_refused():
+    assert "warmup_steps=20 must be below max_steps=20" in refusal(
+        train.main, flags(max_steps=20, warmup_steps=20))
+    assert table_of(flags(max_steps=20, warmup_steps=19))[0]["warmup_steps"] == 19
+
+
+@pytest.mark.parametrize("preset, steps, warmup", [
+    ("laptop", 30, 15), ("laptop", 1, 0), ("sink", 100, 50), ("sink", 200, 100), ("gpt2", 5000, 250)])
+def test_the_warm_up_of_a_preset_takes_at_most_half_of_a_run(preset, steps, warmup):
+    assert table_of(f"--preset={preset} --max_steps={steps}")[0]["warmup_steps"] == warmup
+
+
+def test_resuming_for_more_steps_leaves_the_warm_up_as_it_was():
+    status_of(train.main, [flag for flag in flags(out="run", max_steps=3) if "warmup" not in flag])
+    assert table_of("--resume --out=run --max_steps=100")[0]["warmup_steps"] == 1
+
+
 # ---- what a run prints -----------------------------------------------------------------------------
 
 
@@ -682,6 +712,12 @@ def test_a_run_ends_with_its_best_loss_a_table_and_a_sample():
     table, sample = end.split("a sample")
     assert status == 0 and re.search(r"^ +0 .*\n +1 ", table, re.M) and f"{uniform_share(8):.3f}" in table
     assert len(sample.split("\n", 1)[1].encode()) > 60  # of 120 bytes, some are no text
+
+
+def test_the_sample_at_the_end_of_a_run_ends_at_bos(monkeypatch):
+    config, c = configs(vocab_size=257)
+    monkeypatch.setattr(GPT, "stream", lambda *args, **options: iter(torch.tensor([*b"ab", 256, *b"cd"])))
+    assert train.sampled(GPT(config), c) == "ab"
 
 
 # ---- number formats and compiling ------------------------------------------------------------------
