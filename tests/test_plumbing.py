@@ -25,8 +25,8 @@ from gated_gpt import GPTConfig, measure, uniform_share
 from plumbing import checkpoint, files, flags, machine, report
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{text}") for text in (
-    ".*fork:DeprecationWarning", "Detected pickle protocol:UserWarning", "Using a non-tuple:UserWarning",
-    "__array__:DeprecationWarning", "Glyph:UserWarning", ".*CUDA is not available:UserWarning")]
+    ".*fork:DeprecationWarning", ".*script_method:DeprecationWarning", "Detected pickle protocol:UserWarning",
+    "Using a non-tuple:UserWarning", "__array__:DeprecationWarning", "Glyph:UserWarning", ".*CUDA is not available:UserWarning")]
 
 # ---- whole files -------------------------------------------------------------------------------------
 

@@ -340,6 +340,13 @@ def test_a_round_trip_is_exact_bit_for_bit(fields, dtype, tmp_path):
     assert (loaded.lm_head.weight is loaded.embed.weight) == model.config.tie_embeddings
 
 
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")  # torch.compile imports much
+def test_a_compiled_model_is_written_as_what_it_is(tmp_path):
+    model = made()
+    save_released(torch.compile(model), tmp_path)
+    assert all(map(torch.equal, load_released(tmp_path).parameters(), model.parameters()))
+
+
 @pytest.mark.parametrize("fields", SAVED, ids=str)
 def test_what_is_saved_means_the_same_model_in_their_layout(fields, tmp_path):
     model = made(**fields)
@@ -494,8 +501,9 @@ def test_a_prompt_is_continued_without_a_bos_in_front_unless_it_is_empty(prompt,
 
 
 def test_without_a_prompt_the_token_that_it_starts_from_is_named(released):
-    assert "no prompt: the text starts from <|endoftext|>\n" == status_of(sample.main, "--ckpt=released")[2]
-    assert status_of(sample.main, "--ckpt=released --prompt=a")[2] == ""
+    assert "no prompt: the text starts from <|endoftext|>\n" == status_of(
+        sample.main, "--ckpt=released --tokens=2")[2]
+    assert status_of(sample.main, "--ckpt=released --prompt=a --tokens=2")[2] == ""
 
 
 @pytest.fixture
@@ -524,6 +532,15 @@ def test_a_tokenizer_that_was_moved_is_found_beside_the_run_or_where_a_flag_says
     assert status_of(sample.main, f"{flags} --tokenizer=moved") == before
     shutil.copytree("moved", "run/tokenizer")
     assert status_of(sample.main, flags) == before
+
+
+def test_a_run_whose_tokenizer_was_moved_ends_without_a_sample_until_it_is_copied_to_the_set(own, released):
+    Path(released).rename("moved")
+    get_tokenizer.cache_clear()
+    model, (_, c) = load_released("moved"), configs(data="own")
+    assert train.sampled(model, c).startswith("none: tokenizer ")
+    shutil.copy("moved/tokenizer.json", prepare.DATA / "own")
+    assert not train.sampled(model, c).startswith("none: ")
 
 
 def test_the_same_tokenizer_in_another_place_is_the_same(own, released, data_root):
