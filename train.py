@@ -53,7 +53,7 @@ class TrainConfig:
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, with adamw for the rest
     learning_rate: float = 1e-3  # peak learning rate
     schedule: Literal["cosine", "constant"] = "cosine"  # learning rate after warm-up
-    warmup_steps: int = 100  # steps in which the learning rate climbs to its peak; in a short run fewer
+    warmup_steps: int = 100  # steps in which the learning rate climbs to its peak; fewer in a short run
     min_lr_ratio: float = 0.1  # last learning rate of the cosine, as a fraction of the peak
     weight_decay: float = 0.1  # on matrices only
     beta1: float = 0.9  # AdamW (not Muon): memory of the mean gradient

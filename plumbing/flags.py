@@ -60,7 +60,8 @@ class Parser(argparse.ArgumentParser):
         if unknown := re.match(r"unrecognized arguments: ([^\s=]+)", message):
             near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
             message += f": did you mean {near[0]}?" if near else ": --help shows flags and presets"
-        super().error(message.replace("ignored explicit argument", "a switch: write it without"))
+        switch = r"argument (\S+): ignored explicit argument"
+        super().error(re.sub(switch, r"say \1, without the value", message))
 
 
 def parser_of(doc, name, usage, presets=None):

@@ -26,7 +26,8 @@ from plumbing import checkpoint, files, flags, machine, report
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{text}") for text in (
     ".*fork:DeprecationWarning", ".*script_method:DeprecationWarning", "Detected pickle protocol:UserWarning",
-    "Using a non-tuple:UserWarning", "__array__:DeprecationWarning", "Glyph:UserWarning", ".*CUDA is not available:UserWarning")]
+    "Using a non-tuple:UserWarning", "__array__:DeprecationWarning", "Glyph:UserWarning",
+    ".*CUDA is not available:UserWarning")]
 
 # ---- whole files -------------------------------------------------------------------------------------
 
@@ -283,7 +284,7 @@ def test_a_flag_that_is_shortened_or_unknown_or_has_a_wrong_value_is_refused(par
 
 
 @pytest.mark.parametrize("words, said", [
-    ("--compile=False", "--compile/--no-compile: a switch: write it without 'False'"),
+    ("--compile=False", "error: say --compile/--no-compile, without the value 'False'"),
     ("--block-size=64", "did you mean --block_size?"), ("--max_iters=9", "did you mean --max_steps?"),
     ("--out_dir=x", "did you mean --out?"), ("--dtype=float16", "choose from"),
     ("config/train_shakespeare_char.py", "--help shows flags and presets"),
