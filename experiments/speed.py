@@ -230,9 +230,10 @@ def utilization(speeds, runs):
 
 
 def training_table(flags, values):
-    """Tokens a second in training, with and without the gate."""
-    runs = {f"{gate} {optimizer}": open_run(values | {"gate": gate, "optimizer": optimizer})
-            for optimizer in ("adamw", "muon") for gate in ("none", "g1")}
+    """Tokens a second in training, with and without the gate, at equal parameters."""
+    base, _ = train.make_configs(values | {"gate": "none"})
+    runs = {f"{gate} {optimizer}": open_run(values | dataclasses.asdict(config) | {"optimizer": optimizer})
+            for optimizer in ("adamw", "muon") for gate, config in configs_of(["none", "g1"], base).items()}
     steps, one = {name: step_of(run) for name, run in runs.items()}, runs["none adamw"]
     models = {"none": one.model, "g1": runs["g1 adamw"].model}
     if flags.nanogpt:  # first, and so the base
@@ -249,8 +250,8 @@ Training steps, whole: batch, forward, backward, clipping, optimizer; no logging
 SHORT = ("--data=shakespeare --preset=laptop --n_layer=4 --block_size=64 --batch_size=16 --warmup_steps=20 "
          "--learning_rate=7e-3 --min_lr_ratio=0 --no-attn_share")
 RECIPES = {  # {row: flags of train.py} of to_loss; the first has the sizes of nanoGPT's command
-    "same sizes": f"{SHORT} --max_steps=220 --eval_every=110",
-    "smaller": f"{SHORT} --n_layer=3 --max_steps=220 --eval_every=110 --n_head=2 --n_kv_head=1 "
+    "same sizes": f"{SHORT} --max_steps=220 --eval_every=220",
+    "smaller": f"{SHORT} --n_layer=3 --max_steps=220 --eval_every=220 --n_head=2 --n_kv_head=1 "
                "--mlp_hidden=256"}
 LAPTOP = {  # of optimizers: a learning rate that suits each, and as many steps as it needs
     "adamw": "--preset=laptop --optimizer=adamw --learning_rate=5e-3 --eval_every=50 --no-attn_share",
