@@ -27,7 +27,7 @@ Names, in the shapes below and in the paper:
 import math
 import zlib
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Literal, get_args, get_origin
 
@@ -52,6 +52,10 @@ class GPTConfig:
     head_dim: int | None = None  # channels of a head, an even number; default: n_embd / n_head
     mlp_hidden: int | None = None  # width inside the SwiGLU; default: 8/3 n_embd, rounded to a multiple of 16
     rope_base: float = 10000.0  # base of the rotary embedding's wavelengths
+    rope_scaling: Literal["none", "linear", "ntk", "yarn"] = "none"  # for windows longer than the trained one
+    rope_factor: float = 1.0  # how many times longer
+    rope_trained: int | None = None  # the trained window; default: block_size / rope_factor
+    attention: Literal["softmax", "softmax1", "sink", "softpick"] = "softmax"  # see OtherSDPA
     qk_norm: bool = True  # RMSNorm on each head's queries and keys, before RoPE
     norm: Literal["pre", "sandwich"] = "pre"  # sandwich: also normalise each branch's output (paper, Table 2)
     norm_eps: float = 1e-6  # added to the mean square inside RMSNorm
@@ -71,7 +75,7 @@ class GPTConfig:
     n_expert_active: int = 2  # experts that each token goes through
 
     def __post_init__(self):
-        check_fields(self, n_expert=0, block_size=2, rope_base=1)
+        check_fields(self, n_expert=0, block_size=2, rope_base=1, rope_factor=1)
         if self.head_dim is None and self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}: set head_dim")
         self.n_kv_head = self.n_kv_head or self.n_head
@@ -80,6 +84,8 @@ class GPTConfig:
         headwise, at_qk = self.gate_kind == "headwise", self.gate in ("g3", "g4")
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} (default: n_embd / n_head) is odd: RoPE needs pairs")
+        if self.rope_factor > 1 and self.rope_scaling == "none":
+            raise ValueError(f"rope_factor={self.rope_factor:g} needs a rope_scaling: linear, ntk or yarn")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}")
         if headwise and at_qk and self.qk_norm and self.gate_op == "multiply":
@@ -100,7 +106,7 @@ class Gate(nn.Module):
     """How a score is computed, and how it is applied to y. Where the gate sits is decided in Attention.
 
     y_shape is the trailing shape of y: (nh, hs) at G1 and G4, (nkv, hs) at G2 and G3, (C,) at G5. When
-    training starts, x W is near 0 and a sigmoid score near 0.5: every gate is half open.
+    training starts, x W is near 0 and a sigmoid score near 0.5: the gate is half open.
     """
     ACTIVATIONS = {
         "sigmoid": torch.sigmoid,  # 0..1: can close
@@ -136,10 +142,29 @@ class RMSNorm(nn.RMSNorm):
 
 
 def rope_table(config):
-    """(cos, cos) and (-sin, sin) of the angles of every position, (block_size, 1, hs) each."""
-    frequency = float(config.rope_base) ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)  # (hs/2,)
+    """(cos, cos) and (-sin, sin) of the angles of every position, (block_size, 1, hs) each.
+
+    rope_scaling is for windows s = rope_factor times longer than the trained one: it slows the turning down.
+    linear: all pairs of channels turn s times slower (arXiv 2306.15595). ntk: slow pairs do, fast ones less.
+    yarn: pairs with less than one turn in the trained window turn s times slower, those with more than 32 as
+    before, others in between, and q and k become longer (both arXiv 2309.00071; as in YaRN's own code).
+    """
+    hs, s, base = config.head_dim, config.rope_factor, float(config.rope_base)
+    slow, length = 0.0, 1.0  # slow: 0 turns as before, 1 turns s times slower; length: of q and k
+    if config.rope_scaling == "linear":
+        slow = 1.0
+    elif config.rope_scaling == "ntk":
+        base *= s ** (hs / max(1, hs - 2))
+    elif config.rope_scaling == "yarn":
+        trained = config.rope_trained or config.block_size / s
+        first, last = (hs / 2 * math.log(trained / (2 * math.pi * turns), base) for turns in (32, 1))
+        first, last = max(0, math.floor(first)), min(hs - 1, math.ceil(last))
+        slow = ((torch.arange(hs // 2) - first) / max(0.001, last - first)).clamp(0, 1)  # (hs/2,)
+        length = 0.1 * math.log(s) + 1
+    frequency = base ** (-torch.arange(0, hs, 2) / hs)  # (hs/2,): radians from one position to the next
+    frequency = frequency * (1 - slow) + frequency / s * slow
     angle = torch.arange(config.block_size)[:, None, None] * frequency  # (block_size, 1, hs/2)
-    cos, sin = angle.cos(), angle.sin()
+    cos, sin = length * angle.cos(), length * angle.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
@@ -159,6 +184,36 @@ class SDPA(nn.Module):
         return y.transpose(1, 2)  # (B, nh, T, hs) -> (B, T, nh, hs)
 
 
+class OtherSDPA(nn.Module):
+    """Other cures than a gate: weights that may sum to less than one. s_j: how well a query matches a key.
+
+    softmax1   e^s_j / (1 + sum e^s)             a key that is not there, with s = 0 (Miller 2023)
+    sink       e^s_j / (e^b + sum e^s)           the same, with a learned b for each head (gpt-oss 2025)
+    softpick   relu(e^s_j - 1) / sum |e^s - 1|   no weight where s < 0 (arXiv 2504.20966; 1e-6 is added below)
+    All T x T of them are written out: simple, but slower than SDPA, and O(T^2) in memory.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.kind = config.attention
+        if self.kind == "sink":
+            self.b = nn.Parameter(torch.zeros(config.n_head))
+
+    def forward(self, q, k, v, mask=None):  # shapes as in SDPA
+        k, v = (h.repeat_interleave(q.size(2) // k.size(2), dim=2).transpose(1, 2) for h in (k, v))
+        s = (q.transpose(1, 2) @ k.mT).float() / math.sqrt(q.size(-1))  # (B, nh, T, S)
+        hidden = torch.ones_like(s[0, 0], dtype=torch.bool).triu(1) if mask is None else ~mask
+        s = s.masked_fill(hidden, -math.inf)
+        if self.kind == "softpick":
+            top = s.amax(-1, keepdim=True).clamp(min=0)  # all is divided by e^top, so that nothing overflows
+            power = ((s - top).exp() - (-top).exp()).masked_fill(hidden, 0)  # a hidden key is no |0 - 1|
+            weights = power.relu() / (power.abs().sum(-1, keepdim=True) + 1e-6)
+        else:
+            b = self.b[:, None, None] if self.kind == "sink" else s.new_zeros(1)
+            weights = (s - torch.logaddexp(s.logsumexp(-1, keepdim=True), b)).exp()  # e^s / (e^b + sum e^s)
+        return (weights.type_as(v) @ v).transpose(1, 2)  # (B, T, nh, hs)
+
+
 class Attention(nn.Module):
     """Causal self-attention on the normalised x, (B, T, C) -> (B, T, C). Its forward shows all five gates."""
 
@@ -173,7 +228,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(nh * hs, C, bias=False)
         self.q_norm = RMSNorm(hs, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(hs, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.sdpa = SDPA()
+        self.sdpa = SDPA() if config.attention == "softmax" else OtherSDPA(config)
         self.sdpa_norm = RMSNorm(hs, config.norm_eps) if config.sdpa_norm else nn.Identity()
         self.sdpa_silu = nn.SiLU() if config.sdpa_silu else nn.Identity()
         if config.gate != "none":
@@ -218,6 +273,7 @@ class MoE(nn.Module):
 
     `router_loss` is added to the training loss. It keeps the experts evenly busy (Switch Transformers, arXiv
     2101.03961, eq. 4, weight 0.01) and the router's logits small (ST-MoE, arXiv 2202.08906, eq. 5, 0.001).
+    Both are means over the tokens of one forward; the paper balances over all forwards of a step.
     """
 
     def __init__(self, config):
@@ -286,10 +342,7 @@ class KVCache:
 
 
 class GPT(nn.Module):
-    """Embedding, blocks, a last norm, and the output head.
-
-    The weights depend only on the last torch.manual_seed.
-    """
+    """Embedding, blocks, a last norm, the output head. Weights depend only on the last torch.manual_seed."""
 
     def __init__(self, config):
         super().__init__()
@@ -303,9 +356,8 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.embed.weight
-        cos, sin = rope_table(config)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        for name, table in zip(("cos", "sin"), rope_table(config)):
+            self.register_buffer(name, table, persistent=False)
         self.init_weights(torch.initial_seed())
 
     @torch.no_grad()
@@ -326,6 +378,14 @@ class GPT(nn.Module):
     def num_params(self):
         """Number of parameters; a tied head counts once."""
         return sum(p.numel() for p in self.parameters())
+
+    def set_window(self, block_size, rope_scaling="none"):
+        """Change the window of a trained model. rope_scaling is for a longer one; none: RoPE as trained."""
+        trained = self.config.rope_trained or round(self.config.block_size / self.config.rope_factor)
+        factor = 1.0 if rope_scaling == "none" else max(1.0, block_size / trained)
+        self.config = replace(self.config, block_size=block_size, rope_scaling=rope_scaling,
+                              rope_factor=factor, rope_trained=trained)
+        self.cos, self.sin = (table.to(self.cos.device) for table in rope_table(self.config))
 
     def forward(self, idx, targets=None, cache=None):
         """Logits (B, T, V) of the token after each in idx (B, T), and the loss if there are targets (B, T).
@@ -380,8 +440,8 @@ def sample(logits, temperature, top_k, generator):
     if temperature < 1e-30:  # 0, or so small that a division overflows
         return logits.argmax(-1, keepdim=True)
     if top_k is not None:
-        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -math.inf)
+        best, token = logits.topk(min(top_k, logits.size(-1)))  # (B, k) each
+        logits = torch.full_like(logits, -math.inf).scatter(1, token, best)
     return torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator)  # (B, 1)
 
 
@@ -411,7 +471,7 @@ def measure(model, idx):
     """The paper's measurements (Table 4: share, score, activation) on tokens idx (B, T): a dict per layer.
 
     first_token_share          attention probability on token 0: mean over queries (query 0 included) and
-                               heads. Uniform attention would give uniform_share(T).
+                               heads; uniform_share(T) if uniform. OtherSDPA: what lacks to 1 is on no token.
     first_token_share_by_head  the same, one number per query head
     late_first_token_share     the same over queries t >= T/4 only. This leaves out query 0, whose share is 1.
     gate_score                 mean score over tokens, heads and channels; nan without a gate

@@ -25,6 +25,7 @@ def variant(config):
         if config.gate_op == "add": words.append("add")
         if config.gate_act != "sigmoid": words.append(config.gate_act.replace("_", "-"))
         if not config.gate_input: words.append("no-input")
+    if config.attention != "softmax": words.append(config.attention)
     if config.sdpa_norm: words.append("sdpa-norm")
     if config.sdpa_silu: words.append("sdpa-silu")
     if config.norm == "sandwich": words.append("sandwich")
@@ -68,17 +69,16 @@ def write_log(path, log):
         file.write(text.getvalue().encode())
 
 
-def describe(say, model, c, meta, choices):
+def describe(say, model, c, meta, origin, choices):
     """Say what was chosen for a run, and why. choices: [(what, choice, reason)]"""
     windows, T = c.windows_per_step, model.config.block_size
     in_gates = sum(p.numel() for name, p in model.named_parameters() if ".gate." in name)
-    origin = ", resumed" if c.resume else f", with the weights of {c.init_from}" if c.init_from else ""
     for what, choice, reason in choices:
         say(f"{what:<8} {str(choice).removeprefix('torch.')} ({reason})")
     say(f"model    gate {variant(model.config)}, {model.num_params():,} parameters, {in_gates:,} in gates")
     say(f"data     {c.data}, {meta['train']['tokens']:,} training tokens ({meta['tokenizer']})")
     say(f"steps    {c.max_steps:,} of {windows * T:,} tokens ({windows} windows of {T}), {c.optimizer}")
-    say(f"run      {c.out}{origin}\n")
+    say(f"run      {c.out}{', ' * bool(origin)}{origin}\n")
 
 
 # ---- what was measured -----------------------------------------------------------------------------

@@ -36,6 +36,8 @@ VARIANTS = {
     "g1-ns-sigmoid": dict(gate="g1", gate_act="ns_sigmoid"), "g1-no-input": dict(gate="g1", gate_input=False),
     "g5-no-input": dict(gate="g5", gate_input=False),
     "sdpa-norm": dict(gate="none", sdpa_norm=True), "sdpa-silu": dict(gate="none", sdpa_silu=True),
+    "softmax1": dict(gate="none", attention="softmax1"), "softpick": dict(gate="none", attention="softpick"),
+    "g1-sink-gqa": dict(attention="sink", n_kv_head=2),
     "sandwich": dict(gate="none", norm="sandwich"),
     "g1-sandwich-tied": dict(norm="sandwich", tie_embeddings=True),
     "g1-gqa": dict(n_kv_head=2, head_dim=6), "g2-mqa": dict(gate="g2", n_kv_head=1),
@@ -97,16 +99,39 @@ SCORE = {
 }
 
 
+WEIGHTS = {  # of the keys that a query sees, from its scores s and its head's learned score b. Softpick's
+    # small number is added after all has been divided by the largest power, if that is above 1.
+    "softmax": lambda s, b: np.exp(s) / np.exp(s).sum(),
+    "softmax1": lambda s, b: np.exp(s) / (1 + np.exp(s).sum()),
+    "sink": lambda s, b: np.exp(s) / (np.exp(b) + np.exp(s).sum()),
+    "softpick": lambda s, b: np.maximum(np.exp(s) - 1, 0) / (
+        np.abs(np.exp(s) - 1).sum() + 1e-6 * np.exp(max(0, s.max()))),
+}
+
+
 def rms(x, eps, weight=1.0):
     return x / math.sqrt(np.mean(x * x) + eps) * weight
 
 
-def turn(x, position, base):
+def turn(x, position, c):
     """RoPE on one head of one token: channels i and i + hs/2 are one complex number, turned by an angle."""
-    half = len(x) // 2
-    angle = position * base ** (-2 * np.arange(half) / len(x))
-    z = (x[:half] + 1j * x[half:]) * np.exp(1j * angle)
-    return np.concatenate([z.real, z.imag])
+    half, hs, s, out = len(x) // 2, len(x), c.rope_factor, np.zeros(len(x))
+    for i in range(half):
+        base = c.rope_base * s ** (hs / (hs - 2)) if c.rope_scaling == "ntk" else c.rope_base
+        speed, length = base ** (-2 * i / hs), 1.0  # radians from one position to the next
+        if c.rope_scaling == "linear":
+            speed /= s
+        elif c.rope_scaling == "yarn":
+            # As in YaRN's code: a straight line over the pairs, from the last that turns 32 times in the
+            # trained window (its speed stays) to the first that turns once (it gets s times slower).
+            one, other = (hs * math.log(c.rope_trained / (turns * 2 * math.pi)) / (2 * math.log(base))
+                          for turns in (32, 1))
+            one, other = max(math.floor(one), 0), min(math.ceil(other), hs - 1)
+            slow = min(max((i - one) / (other - one), 0), 1)
+            speed, length = speed * (1 - slow) + speed / s * slow, 0.1 * math.log(s) + 1
+        z = complex(x[i], x[i + half]) * np.exp(1j * position * speed) * length
+        out[i], out[i + half] = z.real, z.imag
+    return out
 
 
 def gate_scores(c, w, x, heads, size):
@@ -134,7 +159,7 @@ def queries_keys_values(c, w, x, position, trace):
     if c.qk_norm:
         parts["g4"] = [rms(q, c.norm_eps, w["q_norm.weight"]) for q in parts["g4"]]
         parts["g3"] = [rms(k, c.norm_eps, w["k_norm.weight"]) for k in parts["g3"]]
-    q, k = ([turn(head, position, c.rope_base) for head in parts[g]] for g in ("g4", "g3"))
+    q, k = ([turn(head, position, c) for head in parts[g]] for g in ("g4", "g3"))
     return q, k, parts["g2"]
 
 
@@ -146,8 +171,9 @@ def loop_attention(c, w, xs, trace):
         heads = []
         for h in range(c.n_head):
             q = qkv[t][0][h]
-            e = np.exp([q @ qkv[s][1][h // group] / math.sqrt(c.head_dim) for s in range(t + 1)])
-            probabilities[h].append(e / e.sum())
+            scores = np.array([q @ qkv[s][1][h // group] / math.sqrt(c.head_dim) for s in range(t + 1)])
+            b = w["sdpa.b"][h] if c.attention == "sink" else None
+            probabilities[h].append(WEIGHTS[c.attention](scores, b))
             y = sum(p * qkv[s][2][h // group] for s, p in enumerate(probabilities[h][t]))
             y = rms(y, c.norm_eps, w["sdpa_norm.weight"]) if c.sdpa_norm else y
             heads.append(SCORE["silu"](y) if c.sdpa_silu else y)
@@ -224,6 +250,13 @@ SHAPES = {
 }
 
 
+LONG = dict(head_dim=12, rope_base=20.0, block_size=8, rope_factor=4.0, rope_trained=64)
+ONCE = {  # shapes that need not be tried with every gate
+    **{attention: dict(attention=attention, n_kv_head=2) for attention in WEIGHTS},
+    **{scaling: dict(rope_scaling=scaling, **LONG) for scaling in ("linear", "ntk", "yarn")},
+}
+
+
 def makes_sense(gate, flags, qk_norm=True):
     """Behind o_proj there are no heads, and QK-norm cancels one factor per head (but no summand)."""
     headwise, share = flags["gate_kind"] == "headwise", flags["gate_shared"]
@@ -249,9 +282,52 @@ def test_every_gate_agrees_with_plain_loops(gate, shape):
             assert_agrees_with_loops(tiny(gate=gate, **flags, **shape))
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("shape", [*SHAPES.values(), *ONCE.values()], ids=[*SHAPES, *ONCE])
 def test_the_model_without_a_gate_agrees_with_plain_loops(shape):
     assert_agrees_with_loops(tiny(gate="none", **shape))
+
+
+@pytest.mark.parametrize("shape", ONCE.values(), ids=ONCE)
+def test_other_attentions_and_scaled_ropes_agree_with_plain_loops_behind_a_gate(shape):
+    assert_agrees_with_loops(tiny(gate="g1", **shape))
+
+
+@pytest.mark.parametrize("attention", ["softmax1", "sink", "softpick"])
+def test_other_attentions_stay_finite_at_scores_of_any_size(attention):
+    for size in (1e-4, 1.0, 1e3):
+        model, idx = lively(tiny(attention=attention, qk_norm=False)), tokens(2, 8)
+        for block in model.blocks:
+            torch.nn.init.normal_(block.attn.q_proj.weight, std=size)
+        loss = model(idx, idx)[1]
+        loss.backward()
+        assert all(torch.isfinite(p.grad).all() for p in model.parameters()), size
+
+
+def test_a_learned_sink_can_take_all_of_the_attention_and_none():
+    model, idx = lively(tiny(gate="none", attention="sink")), tokens(2, 8)
+    plain = lively(tiny(gate="none"))
+    plain.load_state_dict({name: p for name, p in model.state_dict().items() if "sdpa.b" not in name})
+    for b, other in ((-1000.0, plain), (1000.0, without_gate(plain, silent="o_proj"))):
+        for block in model.blocks:
+            torch.nn.init.constant_(block.attn.sdpa.b, b)
+        assert_same_logits(model, other, idx)
+
+
+@pytest.mark.parametrize("scaling", ["linear", "ntk", "yarn"])
+def test_a_longer_window_is_that_of_a_config_that_asks_for_it(scaling):
+    model = lively(tiny(block_size=8))
+    model.set_window(32, scaling)
+    asked = lively(tiny(block_size=32, rope_scaling=scaling, rope_factor=4.0))
+    assert torch.equal(model.cos, asked.cos) and torch.equal(model.sin, asked.sin)
+    assert_same_logits(model, asked, tokens(1, 32))
+    model.set_window(8, scaling)
+    assert_same_logits(model, lively(tiny(block_size=8)), tokens(1, 8), 1e-6)
+    assert model.config.rope_trained == 8
+
+
+def test_a_rope_factor_that_does_nothing_is_refused():
+    with pytest.raises(ValueError, match="rope_factor=4 needs a rope_scaling"):
+        tiny(rope_factor=4.0)
 
 
 def test_exactly_the_combinations_that_make_sense_are_accepted():
@@ -605,6 +681,14 @@ def test_temperature_zero_and_top_k_one_are_greedy(options):
     for _ in range(4):
         greedy = torch.cat((greedy, model(greedy)[0][:, -1:].argmax(-1)), 1)
     assert torch.equal(model.generate(idx, 4, **options), greedy)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_top_k_is_k_tokens_also_where_logits_are_equal(dtype):
+    rows = torch.tensor([[2.0, 2, 2, 1, 0]], dtype=dtype).expand(1000, -1)
+    for k in range(1, 6):
+        drawn = sample(rows, 1.0, k, torch.Generator().manual_seed(0))
+        assert len(drawn.unique()) == k
 
 
 @pytest.mark.parametrize("temperature, top_k", [(1.0, None), (0.5, None), (2.0, None), (1.0, 3), (2.0, 4),

@@ -437,8 +437,9 @@ def test_the_first_ctrl_c_is_noted_and_the_second_acts_as_before(number, capsys)
 # ---- reports -----------------------------------------------------------------------------------------
 
 NAMES = {name: name for name in VARIANTS if "qa" not in name} | {
-    "sdpa-norm": "none-sdpa-norm", "sdpa-silu": "none-sdpa-silu", "sandwich": "none-sandwich",
-    "g1-sandwich-tied": "g1-sandwich", "g1-experts": "g1-moe", "g1-gqa": "g1", "g2-gqa-experts": "g2-moe"}
+    "softmax1": "none-softmax1", "softpick": "none-softpick", "sdpa-norm": "none-sdpa-norm",
+    "sdpa-silu": "none-sdpa-silu", "sandwich": "none-sandwich", "g1-sandwich-tied": "g1-sandwich",
+    "g1-experts": "g1-moe", "g1-gqa": "g1", "g2-gqa-experts": "g2-moe"}
 
 
 @pytest.mark.parametrize("name", NAMES)
