@@ -22,8 +22,11 @@ KEYS = {  # our field: their key in config.json
     "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size",
     "head_dim": "head_dim", "mlp_hidden": "intermediate_size", "rope_base": "rope_theta",
     "qk_norm": "use_qk_norm", "norm_eps": "rms_norm_eps", "tie_embeddings": "tie_word_embeddings"}
-FIXED = {"model_type": "qwen3", "hidden_act": "silu", "use_sliding_window": False, "rope_scaling": None,
-         "partial_rotary_factor": 1.0, "quantization_config": None}  # must be so, or absent
+ROPE_KEYS = {"rope_factor": "factor", "rope_trained": "original_max_position_embeddings"}  # with rope_scaling
+ROPES = {"default": "none", "linear": "linear", "yarn": "yarn"}  # their rope_type: our rope_scaling
+FIXED = {"model_type": "qwen3", "hidden_act": "silu", "use_sliding_window": False,
+         "partial_rotary_factor": 1.0, "beta_fast": 32, "beta_slow": 1, "truncate": True,
+         "attention_factor": None, "mscale": None, "quantization_config": None}  # must be so, or absent
 TYPES = {f.name: f.type for f in dataclasses.fields(GPTConfig)}
 GATES = {"none": (False, False), "g1": (False, True), "g1-headwise": (True, False)}
 GATE_KEYS = "headwise_attn_output_gate", "elementwise_attn_output_gate"
@@ -61,10 +64,18 @@ def config_of(folder):
     path = Path(folder, "config.json")
     try:
         asked = {"use_qk_norm": True, **dict.fromkeys(GATE_KEYS, False), **json.loads(path.read_bytes())}
+        for key in ("rope_scaling", "rope_parameters"):  # the second, with all of RoPE, is of transformers 5
+            asked |= asked.get(key) or {}
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{path} cannot be read: {why(path, error)}") from None
     wrong = [f"{key}={asked[key]!r}" for key, only in FIXED.items() if asked.get(key) not in (only, None)]
-    for name, key in KEYS.items():
+    rope_type, keys = asked.get("rope_type") or asked.get("type", "default"), KEYS
+    if rope_type != "default":
+        keys = KEYS | ROPE_KEYS
+        asked.setdefault("original_max_position_embeddings", asked.get("max_position_embeddings"))
+    if rope_type not in ROPES:
+        wrong.append(f"rope_type={rope_type!r}")
+    for name, key in keys.items():
         kinds = get_args(TYPES[name]) or (TYPES[name],)  # int | None: int, None
         kinds = (*kinds, int) if float in kinds else kinds  # 1 may stand for 1.0, but true may not
         if key not in asked or type(asked[key]) not in kinds:
@@ -79,8 +90,8 @@ def config_of(folder):
         if wrong:
             raise ValueError(", ".join(wrong))
         gate, _, kind = gate[0].partition("-")
-        return GPTConfig(**{name: asked[key] for name, key in KEYS.items()}, gate=gate,
-                         gate_kind=kind or "elementwise")
+        return GPTConfig(**{name: asked[key] for name, key in keys.items()}, gate=gate,
+                         gate_kind=kind or "elementwise", rope_scaling=ROPES[rope_type])
     except ValueError as error:
         raise ValueError(f"{path} describes a model that gated_gpt.py cannot make: {error}") from None
 
@@ -142,6 +153,8 @@ def save_released(model, folder):
     c, gate, own = model.config, variant(model.config), dict(model.named_parameters())
     if gate not in GATES:
         raise ValueError(f"the released layout has no {gate}, only {', '.join(GATES)}: keep the checkpoint")
+    if c.rope_scaling == "ntk":
+        raise ValueError("the released layout has no rope_scaling=ntk: keep the checkpoint")
     tensors = {}
     for name, p in own.items():
         if ".attn.gate." not in name:
@@ -150,6 +163,10 @@ def save_released(model, folder):
             tensors[their_name(name)] = p.detach().cpu().contiguous()
     says = {key: only for key, only in FIXED.items() if only is not None}
     says |= {key: getattr(c, name) for name, key in KEYS.items()}
+    if c.rope_scaling != "none":
+        trained = c.rope_trained or round(c.block_size / c.rope_factor)
+        says["rope_scaling"] = {"rope_type": c.rope_scaling, "factor": c.rope_factor,
+                                "original_max_position_embeddings": trained}
     says |= dict(zip(GATE_KEYS, GATES[gate]), architectures=["Qwen3ForCausalLM"], qkv_bias=False,
                  attention_bias=False, torch_dtype=str(model.embed.weight.dtype).removeprefix("torch."))
     with whole_file(Path(folder, "model.safetensors")) as file:

@@ -40,6 +40,7 @@ CONFIG = dict(model_type="qwen3", hidden_size=20, num_hidden_layers=2, num_atten
               tie_word_embeddings=False, vocab_size=23, max_position_embeddings=64, use_qk_norm=True,
               headwise_attn_output_gate=False, elementwise_attn_output_gate=False, hidden_act="silu",
               attention_dropout=0.1, sliding_window=4096, use_sliding_window=False, rope_scaling=None,
+              rope_parameters=None,
               max_window_layers=28, torch_dtype="bfloat16", bos_token_id=3)
 GATES = {"none": {}, "headwise": dict(headwise_attn_output_gate=True),
          "elementwise": dict(elementwise_attn_output_gate=True)}
@@ -92,11 +93,23 @@ def normed(v, weight, eps):
     return v if weight is None else v / math.sqrt(sum(x * x for x in v.tolist()) / len(v) + eps) * weight
 
 
-def rotated(v, position, base):
-    """Each pair of channels i and i + half as one complex number, turned by position * base^(-i / half)."""
-    half = len(v) // 2
-    turned = [complex(a, b) * cmath.exp(1j * position * base ** (-i / half))
-              for i, (a, b) in enumerate(zip(v[:half], v[half:]))]
+def rotated(v, position, config):
+    """Each pair of channels i and i + half as one complex number, turned by position * base^(-i / half).
+
+    "linear": factor times slower. "yarn": so from the pair on that turns once in the original window, not at
+    all up to the one that turns 32 times, and in between along a line; and v gets longer.
+    """
+    rope = config["rope_parameters"] or config["rope_scaling"] or {}
+    base, factor = rope.get("rope_theta", config["rope_theta"]), rope.get("factor", 1)
+    kind, half, turned, longer = rope.get("rope_type", rope.get("type")), len(v) // 2, [], 1
+    original = rope.get("original_max_position_embeddings", config["max_position_embeddings"])
+    for i, (a, b) in enumerate(zip(v[:half], v[half:])):
+        speed, slow = base ** (-i / half), kind == "linear"
+        if kind == "yarn":
+            pairs = [half * math.log(original / (turns * 2 * math.pi), base) for turns in (32, 1)]
+            start, end = max(0, math.floor(pairs[0])), min(len(v) - 1, math.ceil(pairs[1]))
+            slow, longer = min(1, max(0, (i - start) / (end - start))), 0.1 * math.log(factor) + 1
+        turned.append(longer * complex(a, b) * cmath.exp(1j * position * speed * (1 - slow + slow / factor)))
     return torch.tensor([z.real for z in turned] + [z.imag for z in turned], dtype=v.dtype)
 
 
@@ -107,13 +120,13 @@ def attention(x, w, config):
     fused, out = w["q_proj"].view(nkv, -1, config["hidden_size"]), [[] for _ in x]
     for g in range(nkv):
         rows = slice(g * hs, (g + 1) * hs)
-        keys = [rotated(normed(w["k_proj"][rows] @ h, w.get("k_norm"), eps), t, config["rope_theta"])
+        keys = [rotated(normed(w["k_proj"][rows] @ h, w.get("k_norm"), eps), t, config)
                 for t, h in enumerate(x)]
         for j in range(per_group):
             of_query = fused[g, j * hs : (j + 1) * hs]
             first = per_group * hs + j * n_scores
             for t, h in enumerate(x):
-                q = rotated(normed(of_query @ h, w.get("q_norm"), eps), t, config["rope_theta"])
+                q = rotated(normed(of_query @ h, w.get("q_norm"), eps), t, config)
                 weights = [math.exp(float(q @ k) / math.sqrt(hs)) for k in keys[: t + 1]]
                 y = sum(a / sum(weights) * (w["v_proj"][rows] @ past) for a, past in zip(weights, x))
                 gate = 1 / (1 + torch.exp(-(fused[g, first : first + n_scores] @ h))) if n_scores else 1
@@ -150,7 +163,11 @@ def furthest(a, b):
 @pytest.mark.parametrize("changes", [
     dict(), dict(use_qk_norm=False), dict(tie_word_embeddings=True), dict(num_key_value_heads=1),
     dict(num_key_value_heads=4), dict(num_attention_heads=6, head_dim=2, num_hidden_layers=1), dict(shards=3),
-    dict(rope_theta=1000000.0, rms_norm_eps=1e-2)], ids=str)
+    dict(rope_theta=1000000.0, rms_norm_eps=1e-2), dict(rope_scaling={"type": "linear", "factor": 4}),
+    dict(rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}),
+    dict(rope_scaling={"rope_type": "default"}), dict(without=["rope_theta"], rope_parameters={
+        "rope_type": "yarn", "factor": 2.0, "rope_theta": 50.0, "beta_fast": 32.0, "attention_factor": None}),
+    dict(without=["rope_theta"], rope_parameters={"rope_type": "default", "rope_theta": 70})], ids=str)
 @pytest.mark.parametrize("gate", GATES)
 def test_a_released_folder_gives_the_logits_of_a_forward_in_plain_loops(gate, changes, tmp_path):
     config, tensors = write_folder(tmp_path, **GATES[gate], **changes)
@@ -206,7 +223,7 @@ def refused(folder):
 
 
 @pytest.mark.parametrize("changes", [
-    dict(use_sliding_window=True), dict(rope_scaling={"rope_type": "yarn"}), dict(hidden_act="gelu"),
+    dict(use_sliding_window=True), dict(hidden_act="gelu"),
     dict(model_type="qwen2"), dict(quantization_config={"bits": 4}), dict(partial_rotary_factor=0.5),
     dict(headwise_attn_output_gate="yes"), dict(vocab_size=-23), dict(vocab_size=10**30),
     dict(num_attention_heads=3), dict(max_position_embeddings=0), dict(head_dim=5)], ids=str)
@@ -217,8 +234,21 @@ def test_a_config_that_asks_for_what_cannot_be_had_is_refused_by_key_with_its_va
     assert "config.json" in said and f"{ours}={value!r}" in said
 
 
-@pytest.mark.parametrize("changes", [dict(hidden_size="20"), dict(num_hidden_layers=2.0),
-                                     dict(max_position_embeddings=None), dict(layer_types=5)], ids=str)
+@pytest.mark.parametrize("rope, said", [
+    ({"rope_type": "llama3", "factor": 8.0}, "rope_type='llama3'"), ({"rope_type": "yarn"}, "no factor"),
+    ({"type": "linear", "factor": "4"}, "factor='4'"),
+    ({"rope_type": "linear", "factor": 0.5}, "rope_factor=0.5"),
+    ({"rope_type": "yarn", "factor": 4, "attention_factor": 1.5}, "attention_factor=1.5"),
+    ({"rope_type": "yarn", "factor": 4, "beta_slow": 2}, "beta_slow=2")], ids=str)
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_a_scaling_of_rope_that_cannot_be_had_is_refused_by_key_with_its_value(key, rope, said, tmp_path):
+    write_folder(tmp_path, says={key: rope})
+    assert said in refused(tmp_path)
+
+
+@pytest.mark.parametrize("changes", [
+    dict(hidden_size="20"), dict(num_hidden_layers=2.0), dict(max_position_embeddings=None),
+    dict(layer_types=5), dict(rope_scaling="yarn"), dict(rope_parameters=[1])], ids=str)
 def test_a_config_with_a_value_of_another_kind_is_refused(changes, tmp_path):
     write_folder(tmp_path, says=changes)
     assert "config.json" in refused(tmp_path)
@@ -323,7 +353,9 @@ def made(**fields):
 
 
 SAVED = [dict(), dict(gate="none"), dict(gate_kind="headwise"), dict(tie_embeddings=True, qk_norm=False),
-         dict(n_kv_head=1, gate_kind="headwise", rope_base=1e6, norm_eps=1e-5), dict(n_kv_head=4)]
+         dict(n_kv_head=1, gate_kind="headwise", rope_base=1e6, norm_eps=1e-5), dict(n_kv_head=4),
+         dict(rope_scaling="linear", rope_factor=4.0, rope_trained=16),
+         dict(rope_scaling="yarn", rope_factor=2.5, rope_trained=64)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -354,7 +386,19 @@ def test_what_is_saved_means_the_same_model_in_their_layout(fields, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     tensors = load_file(tmp_path / "model.safetensors")
     assert {n: t.shape for n, t in tensors.items()} == {n: t.shape for n, t in drawn_tensors(config).items()}
-    assert furthest(logits(model), reference(tensors, config)) < 2e-5
+    assert furthest(logits(model), reference(tensors, CONFIG | config)) < 2e-5
+
+
+@pytest.mark.parametrize("fields", SAVED, ids=str)
+def test_what_is_saved_can_come_back_with_the_keys_of_transformers_5(fields, tmp_path):
+    model = made(**fields)
+    save_released(model, tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    scaling = config.pop("rope_scaling", None) or {"rope_type": "default"}
+    config["rope_parameters"] = scaling | {"rope_theta": config.pop("rope_theta")}
+    path.write_text(json.dumps(config))
+    assert load_released(tmp_path).config == model.config
     assert config["architectures"] == ["Qwen3ForCausalLM"] and config["attention_bias"] is False
     with safetensors.safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}  # the authors' library asks for it
@@ -497,7 +541,7 @@ def test_a_prompt_is_continued_without_a_bos_in_front_unless_it_is_empty(prompt,
         tokens = [*tokens, logits(model, tokens)[-1].argmax().item()]
     new = text_of(tokens[len(start) + (not start):], errors="replace")
     said = says(f"--prompt={prompt}", "--tokens=12", "--temperature=0")
-    assert said.rstrip("\n\ufffd") == (prompt + new).rstrip("\ufffd") and len(said) > len(prompt) + 9
+    assert said.rstrip("\n\ufffd") == (prompt + new).rstrip("\n\ufffd") and len(said) > len(prompt) + 9
 
 
 def test_without_a_prompt_the_token_that_it_starts_from_is_named(released):
