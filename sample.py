@@ -43,6 +43,8 @@ def parse_flags(argv=None):
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
                         help="of the weights; auto: as stored, if the hardware can multiply it [%(default)s]")
     parser.add_argument("--compile", action="store_true", help="compile the model: for long texts on a GPU")
+    parser.add_argument("--block_size", type=int, help="tokens in a window, for longer ones than trained")
+    parser.add_argument("--rope_scaling", choices=("none", "linear", "ntk", "yarn"), help="for such windows")
     parser.add_argument("--attn_share", action="store_true", help="measure first-token share on this text")
     parser.add_argument("--text", metavar="FILE", help="with --attn_share: measure it on this text instead")
     parser.add_argument("--attn_map", metavar="FILE.png", help="draw the attention on this text")
@@ -62,7 +64,10 @@ def main(argv=None):
     flags = parse_flags(argv)
     device, _ = choose_device(flags.device)
     model, name, title = open_model(flags.ckpt or newest_run())
-    name, released = flags.tokenizer or name, "a released model" in title  # trained without a BOS in front
+    name, released = flags.tokenizer or name, title.endswith("a released model")  # which has no BOS
+    if flags.block_size or flags.rope_scaling:
+        model.set_window(flags.block_size or model.config.block_size,
+                         flags.rope_scaling or model.config.rope_scaling)
     tokenizer, bos, T = get_tokenizer(name), bos_id(name), model.config.block_size
     if tokenizer.n_vocab > model.config.vocab_size:
         raise ValueError(f"the tokenizer {name} has {tokenizer.n_vocab} tokens, but the model only "
@@ -83,11 +88,9 @@ def main(argv=None):
         if flags.compile:
             model.compile(dynamic=False)  # two graphs, for the prompt and for a single token
         prompt = read_text("-") if flags.prompt == "-" else flags.prompt
-        tokens = tokenizer.encode_ordinary(prompt)  # "<|bos|>" in a prompt means these seven letters
+        tokens = tokenizer.encode_ordinary(prompt)  # "<|bos|>" in a prompt is seven characters
         if released and not tokens:
             print(f"no prompt: the text starts from {bytes_of(bos, tokenizer).decode()}", file=sys.stderr)
-        if prompt.endswith(" ") and name != "bytes":
-            print("a prompt that ends in a space is rare in training: better leave it out", file=sys.stderr)
         if not released or not tokens:
             tokens = [bos, *tokens]
         ends = end_ids(name) if flags.stop else set()
@@ -117,7 +120,7 @@ def write(model, idx, prompt, tokenizer, ends, flags):
         ended |= [token in ends for token in new.tolist()]
         if ended.all():
             break
-        length += not ended[0]  # of the first text
+        length += not ended[0]  # tokens of the first text, until it ends
         made.append(new)  # (samples,)
         if flags.samples == 1:  # show it as it is made
             print(text.add(new.item()), end="", flush=True)

@@ -8,8 +8,9 @@ Train a gated GPT:
     torchrun --standalone --nproc_per_node=2 train.py    train on two GPUs
 
 A flag is a field of GPTConfig (gated_gpt.py) or of TrainConfig (here).
-A preset is a table of their values. Your flags override the preset, and the
-preset overrides the defaults, which are shown in [brackets].
+A preset is a table of their values; without one, gpu with CUDA, else laptop.
+Your flags override the preset, and the preset overrides the defaults, which
+are shown in [brackets].
 
 Reading order: TrainConfig -> PRESETS -> Windows -> make_optimizers -> train_step -> train.
 """
@@ -44,7 +45,7 @@ class TrainConfig:
     out: str | None = None  # folder of the run; default: out/<data>-<gate>, with a number if that is taken
     resume: bool = False  # go on with the run in --out (default: the newest one)
     overwrite: bool = False  # if --out holds a run already, replace it
-    init_from: str | None = None  # start from the weights of a checkpoint, a run or a released model
+    init_from: str | None = None  # start from the weights of a run or released model; its gate may differ
     seed: int = 0  # seed of weights, batches and dropout
     # --- optimisation ---
     max_steps: int = 1000  # optimizer steps
@@ -56,6 +57,7 @@ class TrainConfig:
     warmup_steps: int = 100  # steps in which the learning rate climbs to its peak; fewer in a short run
     min_lr_ratio: float = 0.1  # last learning rate of the cosine, as a fraction of the peak
     weight_decay: float = 0.1  # on matrices only
+    train_only: Literal["all", "gate"] = "all"  # gate: all other weights stay as they are
     beta1: float = 0.9  # AdamW (not Muon): memory of the mean gradient
     beta2: float = 0.99  # AdamW (not Muon): memory of the squared gradient
     grad_clip: float = 1.0  # the gradient's norm over all parameters is clipped to this; 0: off
@@ -176,14 +178,17 @@ def orthogonal(x):
 
 
 def make_optimizers(model, c):
-    """A list of optimizers that share one learning rate. Each parameter is in exactly one group.
+    """A list of optimizers that share one learning rate. Each parameter that is trained is in one group.
 
     Matrices decay; vectors (norms, constant gates) do not. Muon takes the matrices inside the blocks, while
-    the embedding and the head stay with AdamW.
+    the embedding and the head stay with AdamW. With train_only=gate, all but the gates are frozen.
     """
     muon, decay, rest = [], [], []
     for name, p in model.named_parameters():
-        if p.dim() < 2:
+        p.requires_grad_(c.train_only == "all" or ".attn.gate." in name)
+        if not p.requires_grad:
+            continue
+        elif p.dim() < 2:
             rest.append(p)
         elif c.optimizer == "muon" and name.startswith("blocks."):
             muon.append(p)
@@ -238,7 +243,7 @@ def train(config, c, say=tqdm.write):
     """
     threads, why_threads = machine.choose_threads(c.threads)
     out = str(checkpoint.newest_run()) if c.resume and not c.out else c.out
-    c = dataclasses.replace(c, out=out, threads=threads)  # the number of threads decides the last digits
+    c = dataclasses.replace(c, out=out, threads=threads)  # stored: the last digits depend on it
     torch.set_num_threads(threads)
     device, why_device = machine.choose_device(c.device)
     dtype, why_dtype = machine.choose_precision(c.dtype, device)
@@ -253,19 +258,19 @@ def train(config, c, say=tqdm.write):
         batch = train_set.of_step(0, c, rank, ranks)[0]
         fast, compile_choice = machine.try_compile(model, batch, precision, c.compile)
         parallel = DistributedDataParallel(fast) if ranks > 1 else fast
-        describe(say, model, c, meta, [
+        describe(say, model, c, meta, state["origin"], [
             ("device", f"{device}, {ranks} processes" if ranks > 1 else device, why_device),
             ("threads", threads, why_threads), ("dtype", dtype, why_dtype), ("compile", *compile_choice)])
         columns = columns_of(config, c.attn_share)
         say(heading(columns))
 
-        losses, began = [], time.perf_counter()  # losses stay on the device: to read one means to wait for it
+        losses, began = [], time.perf_counter()  # losses stay on the device: reading one would wait for it
         bar = tqdm(total=c.max_steps, initial=state["step"], unit="step", leave=False,
                    disable=None if say is tqdm.write else True)  # None: a bar if this is a terminal
         with bar, machine.ctrl_c() as stop:  # stop: a list, empty until somebody presses Ctrl-C
             while state["step"] < c.max_steps:
                 model.train()
-                torch.manual_seed(hash((c.seed, state["step"], rank)))  # of dropout; such hashes never change
+                torch.manual_seed(hash((c.seed, state["step"], rank)))  # of dropout; it is the same anywhere
                 batches = train_set.of_step(state["step"], c, rank, ranks)
                 rate = learning_rate_at(state["step"], c)
                 losses.append(train_step(parallel, optimizers, batches, rate, c, precision))
@@ -312,18 +317,17 @@ def start(config, c, meta, device):
     """(model, optimizers, state) of a new run: weights from the seed, or those of --init_from."""
     torch.manual_seed(c.seed)
     model = GPT(config)
+    origin = ""
     if c.init_from:
         other, tokenizer, _ = checkpoint.open_model(c.init_from)
         if not same_tokenizer(tokenizer, meta["tokenizer"]):
             raise ValueError(f"{c.init_from} reads tokens of {tokenizer}, but {c.data} has those of "
                              f"{meta['tokenizer']}: prepare the data with --tokenizer={tokenizer}")
-        try:
-            model.load_state_dict(other.state_dict())
-        except RuntimeError:
-            raise ValueError(f"{c.init_from} has another shape than your flags ask for: leave out those of "
-                             "the model") from None
+        origin = f"with the weights of {c.init_from}{checkpoint.take_weights(model, other)}"
+    if c.train_only == "gate" and config.gate == "none":
+        raise ValueError("train_only=gate, but the model has none: choose a --gate")
     model.to(device)
-    return model, make_optimizers(model, c), {"step": 0, "seconds": 0.0, "log": []}
+    return model, make_optimizers(model, c), {"step": 0, "seconds": 0.0, "log": [], "origin": origin}
 
 
 def resume(config, c, meta, device):
@@ -339,7 +343,7 @@ def resume(config, c, meta, device):
     optimizers = make_optimizers(model, c)
     for optimizer, content in zip(optimizers, saved["optimizers"], strict=True):
         optimizer.load_state_dict(content)
-    return model, optimizers, {name: saved[name] for name in ("step", "seconds", "log")}
+    return model, optimizers, {"origin": "resumed", **{k: saved[k] for k in ("step", "seconds", "log")}}
 
 
 def save(model, optimizers, state, c, meta):

@@ -1,5 +1,6 @@
 """Checkpoints: writing, reading and finding them. Code that somebody has put into one is never run."""
 import pickle
+import re
 import zipfile
 from itertools import count
 from pathlib import Path
@@ -91,3 +92,19 @@ def open_model(path):
     gate, step, data = variant(model.config), saved["step"], saved["train_config"]["data"]
     return (model, found_again(saved["tokenizer"], path.parent),
             f"{path}: gate {gate}, step {step}, data {data}")
+
+
+def take_weights(model, other):
+    """Copy the weights of another model, whose gate may differ. Returns how it differs, in words."""
+    own, there = model.state_dict(), other.state_dict()
+    moved = other.config.gate != model.config.gate  # then its gate is of no use, though it may have the shape
+    taken = {name: p for name, p in there.items() if name in own and own[name].shape == p.shape
+             and not (moved and ".attn.gate." in name)}
+    new, gone = ({re.sub(r"blocks.*attn\.(gate|sdpa\w*)\..*", r"\1", name) for name in names - taken.keys()}
+                 for names in (own.keys(), there.keys()))
+    if not new | gone <= {"gate", "sdpa", "sdpa_norm"}:
+        raise ValueError("the weights of init_from have another shape than your flags ask for: leave out "
+                         "those of the model, except the gate's")
+    model.load_state_dict(taken, strict=False)
+    return "".join([f", new: {part}" for part in sorted(new)]
+                   + [f", left out: its {part}" for part in sorted(gone)])

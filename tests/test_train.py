@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, configs, fit, flags, refusal, status_of
+from conftest import ROOT, TINY, configs, fit, flags, quiet, refusal, status_of
 from torch.nn.modules.module import register_module_forward_hook
 
 import train
@@ -366,6 +366,18 @@ def test_a_step_is_one_gradient_of_all_its_windows_however_they_are_divided(batc
         torch.testing.assert_close(sum(parts) / ranks, p.grad, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("n_expert", [0, 4])
+def test_only_experts_learn_otherwise_when_a_step_is_made_of_more_forwards(n_expert):
+    """Their balance is taken over one forward: README says so. The paper takes it over the whole step."""
+    found = []
+    for batch_size, grad_accum in ((8, 1), (2, 4)):
+        config, c = configs(n_expert=n_expert, batch_size=batch_size, grad_accum=grad_accum, max_steps=10,
+                            out=f"run-{batch_size}", vocab_size=257)
+        found.append(train.train(config, c, quiet)[0].state_dict())
+    furthest = max((found[0][name] - found[1][name]).abs().max().item() for name in found[0])
+    assert (furthest > 1e-3) == bool(n_expert) and (furthest < 1e-5 or n_expert)
+
+
 def test_windows_that_processes_cannot_share_evenly_are_refused():
     config, c = configs(batch_size=3, grad_accum=3)
     with pytest.raises(ValueError, match="batch_size=3 times grad_accum=3 is 9 windows .* 2 processes"):
@@ -595,11 +607,50 @@ def test_init_from_with_another_tokenizer_is_refused(old, new):
     assert f"of {names[new]}" in said and "prepare the data with" in said and "--tokenizer" in said
 
 
-@pytest.mark.parametrize("flag", ["--n_layer=2", "--n_embd=32", "--gate=none", "--vocab_size=300"])
+@pytest.mark.parametrize("flag", ["--n_layer=2", "--n_embd=32", "--norm=sandwich", "--vocab_size=300"])
 def test_init_from_with_another_shape_is_refused(flag):
     fit(out="old")
     said = refusal(train.main, f"--init_from=old --data=tiny --device=cpu --max_steps=1 {flag} --out=new")
-    assert "old has another shape" in said and not Path("new").exists()
+    assert "another shape than your flags ask for" in said and not Path("new").exists()
+
+
+@pytest.mark.parametrize("old, new, said", [
+    (dict(gate="none"), dict(gate="g1"), "new: gate"),
+    (dict(gate="g1"), dict(gate="none"), "left out: its gate"),
+    (dict(gate="g1"), dict(gate="g5"), "new: gate, left out: its gate"),
+    (dict(gate="g1"), dict(gate="g1", gate_kind="headwise"), "new: gate, left out: its gate"),
+    (dict(gate="none"), dict(gate="none", attention="sink"), "new: sdpa")], ids=str)
+def test_init_from_with_another_gate_takes_all_other_weights_and_says_so(old, new, said):
+    fit(out="old", **old)
+    told = []
+    model, _ = train.train(*configs(out="new", init_from="old", learning_rate=0.0, **new), told.append)
+    assert f"with the weights of old, {said}\n" in "\n".join(told)
+    torch.manual_seed(0)
+    fresh, there = GPT(model.config).state_dict(), weights("old/best.pt")
+    for name, p in model.state_dict().items():
+        is_new = ".gate." in name or ".sdpa." in name
+        assert torch.equal(p, fresh[name] if is_new else there[name]), name
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_training_only_the_gate_changes_only_the_gate(optimizer):
+    fit(out="old", gate="none")
+    fields = dict(init_from="old", gate="g1", train_only="gate", optimizer=optimizer)
+    config, c = configs(out="whole", eval_every=2, **fields)
+    model, _ = train.train(config, c, quiet)
+    torch.manual_seed(0)
+    fresh, there = GPT(model.config).state_dict(), weights("old/best.pt")
+    for name, p in model.state_dict().items():
+        is_gate = ".gate." in name
+        assert torch.equal(p, fresh[name] if is_gate else there[name]) != is_gate, name
+    fit(out="half", eval_every=2, **fields | dict(max_steps=2))
+    train.train(config, dataclasses.replace(c, out="half", resume=True), quiet)
+    assert_same(weights("half/last.pt"), weights("whole/last.pt"))
+
+
+def test_training_only_the_gate_needs_one():
+    said = refusal(train.main, flags(gate="none", train_only="gate"))
+    assert "train_only=gate, but the model has none" in said
 
 
 # ---- presets and flags -----------------------------------------------------------------------------
