@@ -26,7 +26,7 @@ import train
 from data import prepare
 from data.tokenizers import bytes_of, get_tokenizer
 from experiments import runner
-from experiments.runner import RESULTS, cell, count, deviation, mean
+from experiments.runner import cell, count, deviation, mean
 from gated_gpt import GPTConfig, evaluating, uniform_share
 from plumbing.flags import add_flags, run_main
 from plumbing.report import TABLE_4, attention_maps
@@ -84,6 +84,10 @@ VARIANTS = {
     "g1-no-input": Variant(dict(gate="g1", gate_input=False), "Table 4", 5.917, *TABLE_4["g1-no-input"]),
     "g1-ns-sigmoid": Variant(dict(gate="g1", gate_act="ns_sigmoid"), "Table 4", 5.900,
                              *TABLE_4["g1-ns-sigmoid"]),
+    # Other cures: they change the softmax, where a gate filters its result
+    "softmax1": Variant(dict(gate="none", attention="softmax1")),
+    "sink": Variant(dict(gate="none", attention="sink")),
+    "softpick": Variant(dict(gate="none", attention="softpick")),
     # The other way to steady training; in the paper at twice the learning rate, too much for the baseline
     "sandwich": Variant(dict(gate="none", norm="sandwich"), "Table 2", 7.407, pair_ppl=9.195),
     # Experts, compared among themselves, at the sizes that come out
@@ -107,9 +111,9 @@ TASKS = {
                         max_steps=2000),
 }
 # What the comparison decides, so that there are no flags for it.
-DECIDED = {"gate", "gate_kind", "gate_shared", "gate_act", "gate_op", "gate_input", "sdpa_norm", "sdpa_silu",
-           "norm", "n_expert", "n_expert_active", "vocab_size", "data", "out", "resume",
-           "overwrite", "seed", "optimizer", "attn_share", "max_steps"}
+DECIDED = {"gate", "gate_kind", "gate_shared", "gate_act", "gate_op", "gate_input", "attention", "sdpa_norm",
+           "sdpa_silu", "norm", "n_expert", "n_expert_active", "vocab_size", "data", "out", "resume",
+           "overwrite", "seed", "optimizer", "attn_share", "max_steps", "train_only", "init_from"}
 
 
 # ---- the runs --------------------------------------------------------------------------------------
@@ -297,22 +301,18 @@ def parse_flags(argv=None):
                         "data set, trained like python; the groups of flags below override its recipe "
                         "[%(default)s]")
     parser.add_argument("--variants", help=f"some of {','.join(VARIANTS)} [all]")
-    parser.add_argument("--steps", type=int, help="optimizer steps of a run [the task's]")
     parser.add_argument("--match_params", action=argparse.BooleanOptionalAction, default=True,
                         help="shrink the MLPs of dense variants to the baseline's total [on]")
-    parser.add_argument("--results", type=Path, help="folder for table and figures [experiments/results for "
-                        "all variants, three seeds or more and the task's own recipe, else out/compare-TASK]")
+    runner.add_trial_flags(parser, "compare-TASK")
     parser.add_argument("--from_results", action="store_true", help="only redraw the figures in --results")
     add_flags(parser, GPTConfig, train.TrainConfig, skip=DECIDED)
     flags = parser.parse_args(argv)
-    runner.at_least_one(flags, "seeds", "jobs", "steps")
     names = chosen(flags.variants)
     fields = {f.name for cls in (GPTConfig, train.TrainConfig) for f in dataclasses.fields(cls)}
     recipe = {name: value for name, value in vars(flags).items() if name in fields}
     # A quick trial must not replace the recorded results, which the README speaks of.
-    trial = (flags.variants or flags.steps or flags.seeds < 3 or not flags.match_params
-             or set(recipe) - runner.MACHINE)
-    flags.results = flags.results or (Path(f"out/compare-{flags.task}") if trial else RESULTS)
+    trial = flags.variants or not flags.match_params or set(recipe) - runner.MACHINE
+    flags.results = runner.results_of(flags, f"compare-{flags.task}", trial)
     return flags, names, recipe
 
 
@@ -337,10 +337,7 @@ def values_of(flags, recipe):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     flags, names, recipe = parse_flags(argv)
-    try:
-        from experiments import figures  # here, because the processes that train do not need matplotlib
-    except ImportError:
-        raise ValueError("the figures need matplotlib: pip install -r experiments/requirements.txt") from None
+    from experiments import figures  # here, because the processes that train do not need it
     task, folder = flags.task, flags.results
     if flags.from_results:
         return print("\n".join(map(str, figures.draw(folder, task))))
@@ -349,7 +346,8 @@ def main(argv=None):
     base, c = train.make_configs(values | {"vocab_size": meta["vocab_size"]})
     configs = configs_of(names, base, flags.match_params)
     recipes = {name: (config, c) for name, config in configs.items()}
-    results = runner.run_all(runner.plan(f"compare-{task}", recipes, flags.seeds, closer_look), flags.jobs)
+    jobs = runner.plan(f"compare-{task}", recipes, range(flags.seeds), closer_look)
+    results = runner.run_all(jobs, flags.jobs)
 
     rows = [summary(name, config, results) for name, config in configs.items()]
     T, floor = base.block_size, uniform_share(base.block_size)
@@ -359,9 +357,8 @@ def main(argv=None):
         runs=f"{c.max_steps:,} steps, {flags.seeds} seeds; baseline: {count(base):,} parameters",
         floor=f"share {floor:.3f} and late share {late_floor(T):.3f}, which is what uniform attention has at "
               f"T={T}")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{task}.md").write_text(runner.markdown(f"compare_gates: {task}", head, NOTE, rows, COLUMNS))
     runner.write_csv(folder / f"{task}.csv", rows)
+    (folder / f"{task}.md").write_text(runner.markdown(f"compare_gates: {task}", head, NOTE, rows, COLUMNS))
     runner.write_csv(folder / f"{task}_runs.csv", curves(results))
     (folder / f"{task}_figures.json").write_text(json.dumps(pictures(results, meta["tokenizer"])))
     print(f"\n{screen_table(rows)}\n\nfloor of the share, uniform attention: {floor:.3f}; ~: seed noise\n"

@@ -10,14 +10,19 @@ import math
 from functools import partial
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+try:
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+except ImportError:
+    raise ValueError("the figures need matplotlib: pip install -r experiments/requirements.txt") from None
 
 from experiments.runner import read_csv
 
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "0.55"
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "0.55"
+LINES = {  # how a variant's line looks, in every picture that shows several of them
+    "none": dict(color=ORANGE, ls="-", marker="o"), "g1": dict(color=BLUE, ls="--", marker="s"),
+    "g1-headwise": dict(color=GREEN, ls="-.", marker="^"), "sandwich": dict(color=GREY, ls=":", marker="D")}
 STYLE = {"font.size": 8, "axes.titlesize": 8, "figure.labelsize": 8, "figure.titlesize": 8,
          "axes.spines.top": False, "axes.spines.right": False, "figure.constrained_layout.use": True,
          "savefig.dpi": 150}

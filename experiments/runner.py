@@ -1,7 +1,7 @@
 """
 What the experiments share: runs that are made once and kept, figures in numbers, and small tables.
 
-    jobs = plan("compare-python", {"none": (config, c), "g1": (config, c)}, seeds=3, look=closer_look)
+    jobs = plan("compare-python", {"none": (config, c), "g1": (config, c)}, range(3), look=closer_look)
     results = run_all(jobs, at_once=2)  # {("none", 0): {"log": [...], ...}, ("g1", 0): ...}
 
 Each run has a folder in out/. Its name has a fingerprint of all that decides the outcome: flags, seed, data,
@@ -77,9 +77,9 @@ def code_of(path):
 
 
 def plan(experiment, recipes, seeds, look=None):
-    """A Job for each seed and each of {name: (GPTConfig, TrainConfig)}, seed by seed."""
+    """A Job for each of these seeds and each of {name: (GPTConfig, TrainConfig)}, seed by seed."""
     jobs, code = [], code_of(ROOT / "gated_gpt.py")
-    for seed in range(seeds):
+    for seed in seeds:
         for name, (config, c) in recipes.items():
             c = dataclasses.replace(c, seed=seed)
             data = prepare.load(c.data)[0]["train"]["sha256"]
@@ -238,9 +238,9 @@ def mean(values):
 
 
 def deviation(values):
-    """Standard deviation of a sample; nan for fewer than two values."""
+    """Standard deviation of a sample; nan for fewer than two values, or where one is nan."""
     values = list(values)
-    return statistics.stdev(values) if len(values) > 1 else math.nan
+    return statistics.stdev(values) if len(values) > 1 and not any(map(math.isnan, values)) else math.nan
 
 
 def is_noise(difference, error):
@@ -252,7 +252,8 @@ def is_noise(difference, error):
 
 
 def write_csv(path, rows):
-    """Rows as a csv file, with five digits. There may be no rows."""
+    """Rows as a csv file, with five digits, in a folder that is made. There may be no rows."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0] if rows else ["variant"])
         writer.writeheader()
@@ -302,6 +303,19 @@ def run_parser(doc, script):
     parser.add_argument("--seeds", type=int, default=3, help="runs of each kind [%(default)s]")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, on shared threads [%(default)s]")
     return parser
+
+
+def add_trial_flags(parser, name):
+    """Flags for an experiment that can be tried with less. A trial must not replace the recorded results."""
+    parser.add_argument("--steps", type=int, help="optimizer steps of a run [the recipe's]")
+    parser.add_argument("--results", type=Path, help="folder for table and pictures [experiments/results for "
+                        f"three seeds or more and the recipe as it is, else out/{name}]")
+
+
+def results_of(flags, name, trial=False):
+    """The folder for the results of a command."""
+    at_least_one(flags, "seeds", "jobs", "steps")
+    return flags.results or (Path("out", name) if trial or flags.steps or flags.seeds < 3 else RESULTS)
 
 
 def at_least_one(flags, *names):

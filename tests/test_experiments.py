@@ -15,12 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, refusal, status_of
+from PIL import Image
 
 import train
 from data import prepare
 from experiments import compare_gates as lab
-from experiments import figures, runner
-from gated_gpt import GPT, GPTConfig, uniform_share
+from experiments import cures, figures, late_gate, learning_rates, long_context, movie, runner
+from gated_gpt import GPT, GPTConfig, measure, uniform_share
 from plumbing import checkpoint
 
 TINY = ("--n_layer=2 --n_head=4 --n_kv_head=2 --n_embd=16 --block_size=16 --batch_size=2 --eval_windows=4 "
@@ -29,11 +30,14 @@ TINY = ("--n_layer=2 --n_head=4 --n_kv_head=2 --n_embd=16 --block_size=16 --batc
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A folder with a small backcopy set."""
-    root = tmp_path_factory.mktemp("backcopy")
+    """A folder with small sets of the tasks. `python` is Python's standard library in name only."""
+    root = tmp_path_factory.mktemp("sets")
     with contextlib.redirect_stdout(io.StringIO()), pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "DATA", root)
         prepare.prepare_backcopy(chars=20_000)
+        prepare.prepare_recall(chars=20_000)
+        text = prepare.encode(prepare.split_each([(ROOT / "train.py").read_text() * 3]), "bpe2k")
+        prepare.write_set("python", "bpe2k", "train.py, three times", text)
     return root
 
 
@@ -61,7 +65,7 @@ def job(**changes):
     _, _, recipe = lab.parse_flags(TINY)
     base, c = train.make_configs(lab.TASKS["backcopy"] | recipe | dict(
         vocab_size=257, gate="none", max_steps=40, eval_every=10) | changes)
-    return runner.plan("compare-backcopy", {"none": (base, c)}, 1, lab.closer_look)[0]
+    return runner.plan("compare-backcopy", {"none": (base, c)}, [0], lab.closer_look)[0]
 
 
 # ---- the variants ----------------------------------------------------------------------------------
@@ -71,7 +75,8 @@ def added(C, nh, nkv, hs, E):
     """What each row adds to one layer of the baseline, by the paper's definitions: hidden size C, nh query
     and nkv key/value heads of hs channels, experts of width E."""
     parameters = {
-        "none sdpa-silu": 0, "kv-heads": 2 * C * nkv * hs,  # keys and values of as many heads again
+        "none sdpa-silu softmax1 softpick": 0, "sink": nh,
+        "kv-heads": 2 * C * nkv * hs,  # keys and values of as many heads again
         "q-heads": 2 * C * (nh // 2) * hs,  # W_Q and W_O of half as many heads again
         # Shared is no smaller: it is the scores that are averaged.
         "g1 g4 g1-shared g1-add-silu g1-silu g1-add-identity g1-ns-sigmoid": C * nh * hs,
@@ -308,8 +313,96 @@ def test_a_diverged_seed_is_left_out_of_the_pairs():
     assert row["difference"] == pytest.approx(0.5) and row["diverged"] == 1 and row["val_loss"] == 2.5
 
 
+def test_a_deviation_of_what_is_not_known_is_not_known():
+    assert runner.deviation([1.0, 2.0, 3.0]) == 1
+    assert all(math.isnan(runner.deviation(values)) for values in ([], [1.0], [math.nan, 1.0, 2.0]))
+
+
 def test_the_late_floor_is_what_uniform_attention_gives():
     T = 64
     weights = torch.ones(T, T).tril()
     share = (weights / weights.sum(1, keepdim=True))[:, 0]
     assert lab.late_floor(T) == pytest.approx(share[T // 4 :].mean().item(), rel=1e-5)
+
+
+# ---- the other experiments -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script, rows", [
+    (learning_rates, 6 * 7), (late_gate, 5), (cures, 2 * 5)], ids=lambda x: getattr(x, "__name__", None))
+def test_an_experiment_trains_tables_and_draws(script, rows, here, monkeypatch):
+    monkeypatch.setattr(learning_rates, "RATES", learning_rates.RATES[:2])
+    rows = rows // 7 * 2 if script is learning_rates else rows
+    status, out, err = status_of(script.main, ["--seeds=1", "--steps=2", "--results=results"])
+    assert status == 0, err
+    name = script.__name__.rpartition(".")[2]
+    found = runner.read_csv(here / f"results/{name}.csv")
+    assert len(found) == rows and (here / f"results/{name}.md").read_text() in out
+    assert all(math.isfinite(row["val_loss"]) for row in found)
+    pictures = [Path(word) for word in out.split() if word.endswith(".png")]
+    assert pictures and all(path.stat().st_size > 5000 for path in pictures)
+
+
+def test_long_windows_are_tried_with_each_task_variant_and_scaling(here, monkeypatch):
+    for name, value in (("LONGER", (1, 2)), ("TOKENS", 256), ("BATCH", 128)):
+        monkeypatch.setattr(long_context, name, value)
+    status, out, err = status_of(long_context.main, ["--seeds=1", "--steps=2", "--results=results"])
+    assert status == 0, err
+    rows = runner.read_csv(here / "results/long_context.csv")
+    assert len(rows) == 3 * 3 * (1 + 4) and {row["T"] for row in rows} == {64, 128}
+    assert len(list((here / "results").glob("long_context_*.png"))) == 2
+    assert all(0 < row["share"] < 1 for row in rows)
+
+
+def test_a_spike_is_a_rise_of_a_tenth_above_the_five_points_before_and_a_plateau_counts_once():
+    def of(*losses):
+        return learning_rates.spikes([{"train_loss": loss} for loss in losses])
+
+    assert of(3, 3, 3, 3, 3, 3.09) == 0 and of(3, 3, 3, 3, 3, 3.11) == 1
+    assert of(3, 3, 3, 3, 3, 4, 4, 3, 3, 3, 3, 3, 3, 4) == 2
+    assert of(9, 8, 7, 6, 5, 4, 3) == 0 and of(3, 3, 9) == 0
+
+
+def test_recall_asks_only_for_letters_that_stood_in_the_window_and_counts_what_followed_them():
+    text = "a1b2a1c3a1b7"
+    idx = torch.tensor([[256, *text.encode()]])  # BOS first
+    targets = torch.tensor([[*text.encode(), ord("x")]])
+    logits = torch.zeros(1, 13, 257)
+    for position, answer in ((9, "1"), (11, "3")):  # after the last a: right; after b: wrong, it had 2
+        logits[0, position, ord(answer)] = 1
+    assert long_context.asked("recall", logits, idx, targets).tolist() == [1.0, 0.0]
+
+
+def test_the_score_of_bos_and_the_weight_of_the_rest_give_the_share():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=257, block_size=32, n_layer=1, n_head=1, n_embd=16, gate="none"))
+    idx = torch.randint(257, (1, 32))
+    found = long_context.on_bos(model, idx)
+    share = torch.sigmoid(torch.tensor(found["bos"]) - torch.tensor(found["others"])).mean().item()
+    assert share == pytest.approx(measure(model, idx)[0]["first_token_share"], abs=1e-3)
+
+
+def test_a_second_part_starts_where_the_first_ended_with_another_gate(here):
+    status, out, err = status_of(late_gate.main, ["--seeds=1", "--steps=4", "--results=results"])
+    assert status == 0, err
+    first, later = ({job.name: checkpoint.load(job.folder / "last.pt") for job in jobs}
+                    for jobs in late_gate.plan_of(0, steps=4))
+    assert later["none, then G1"][0].config.gate == "g1" and later["G1, then none"][0].config.gate == "none"
+    alone, before = later["none, then G1 alone"][0].state_dict(), first["none"][0].state_dict()
+    assert all(torch.equal(alone[name], p) for name, p in before.items())
+    assert later["none, then G1"][1]["step"] == 8
+
+
+def test_the_moving_picture_has_a_frame_for_each_step_of_both_runs(here, monkeypatch):
+    for name, value in (("STEPS", [0, 2, 4]), ("LOOK", 12), ("HOLD", 1)):
+        monkeypatch.setattr(movie, name, value)
+    status, out, err = status_of(movie.main, ["--results=results"])
+    assert status == 0 and out.startswith("results/sink.gif: 0.0"), err
+    with Image.open(here / "results/sink.gif") as picture:
+        assert picture.size == (720, 560) and picture.n_frames >= 3
+    for gate in ("none", "g1"):  # and the stops between frames changed nothing
+        config, c = train.make_configs(train.PRESETS["sink"] | dict(
+            gate=gate, max_steps=4, eval_every=10**6, out=f"straight-{gate}", threads=1))
+        straight = train.train(config, c, lambda text: None)[0].state_dict()
+        stopped = checkpoint.load(Path("out/movie", gate, "last.pt"))[0].state_dict()
+        assert all(torch.equal(p, stopped[name]) for name, p in straight.items())
