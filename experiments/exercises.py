@@ -1,13 +1,13 @@
 """
 The numbers of exercises.md: does what each exercise says, edits included, and records what comes out.
 
-    python experiments/exercises.py            every exercise that states a share, for seeds 0, 1 and 2
-    python experiments/exercises.py --jobs=2   two at a time
+    python experiments/exercises.py --jobs=2    every exercise that states a range, for seeds 0, 1 and 2
+    python experiments/exercises.py --only=5,9  these two; what is recorded of the others stays
 
 An edit is a ```diff block whose first line names the file. What is run is in ```sh and ```python blocks. Each
 run has its own copy of the project in out/exercises/, so nothing of yours is edited. A copy that is finished
 has a printed.json, and is not run again while the exercise stays as it is. If you change the project's own
-code, delete out/exercises first. Needs matplotlib and pytest.
+code, delete out/exercises first. Needs matplotlib.
 Reading order: Exercise -> read -> copy_project -> do -> do_all -> record.
 """
 import concurrent.futures
@@ -30,6 +30,9 @@ from experiments.runner import RESULTS, ROOT
 from plumbing.flags import run_main
 from train import TrainConfig
 
+COLUMNS = {"share": "first_token_share", "gate_score": "gate_score", "max_activation": "max_activation",
+           "val_loss": "val_loss"}  # of exercises.csv: that of a run's log
+
 
 class Exercise(NamedTuple):
     """One exercise, as exercises.md has it."""
@@ -41,15 +44,19 @@ class Exercise(NamedTuple):
 
     @property
     def recorded(self):
-        """Whether it says what a training run should come out at."""
-        return bool(re.search(r"you should see\.\*\* .*a share of", self.text, re.I))
+        """Whether it says a range in which a training run should come out."""
+        return bool(re.search(r"\d\.\d+ to \d", self.text.partition("**What you should see.**")[2]))
+
+
+    def trainings(self):
+        """The commands that train, each as a list of words."""
+        return [what for kind, what in self.steps if kind == "sh" and what[0] == "train.py"]
 
 
 def read(text):
     """The exercises in the text of exercises.md: a list of Exercise."""
     found = []
-    for section in re.split(r"^## (?=\d+\. )", text, flags=re.M)[1:]:
-        number, title = re.match(r"(\d+)\. (.+)", section).groups()
+    for section, number, title in re.findall(r"^(### (\d+)\. ([^\n]+)\n.*?)(?=^##|\Z)", text, re.M | re.S):
         edits, steps = [], []
         for language, block in re.findall(r"^```(diff|sh|python)\n(.+?)^```$", section, re.M | re.S):
             if language == "diff":
@@ -85,7 +92,9 @@ def do(step, folder, more=None):
 
 
 def do_all(exercise, seed, threads):
-    """All steps of an exercise with one seed; returns the last row of its log, and what its code printed."""
+    """All steps of an exercise with one seed. Returns (the last row of each training command's log, what the
+    code printed).
+    """
     content = zlib.crc32(repr((exercise.edits, exercise.steps)).encode())
     folder = Path("out/exercises") / f"{exercise.number}-{seed}-{content:08x}"
     done = folder / "printed.json"
@@ -100,28 +109,36 @@ def do_all(exercise, seed, threads):
             printed += [ran.stdout.strip()] * (step[0] == "python")
         shutil.rmtree(folder / "data")  # by far the largest part of it
         done.write_text(json.dumps(printed))
-    log, = folder.glob("out/*/log.csv")
-    with open(log, newline="") as file:
-        return list(csv.DictReader(file))[-1] | {"printed": "; ".join(json.loads(done.read_text()))}
+    rows = []
+    for command in exercise.trainings():
+        out = next(word for word in command if word.startswith("--out=")).removeprefix("--out=")
+        with open(folder / out / "log.csv", newline="") as file:
+            rows.append(list(csv.DictReader(file))[-1])
+    return rows, "; ".join(json.loads(done.read_text())).replace("\n", "; ")
 
 
 def record(exercises, results, seeds, head):
-    """Write exercises.csv and exercises.md from results {(number, seed): the last row of the log}."""
-    rows = []
+    """Write exercises.csv and exercises.md: a row for each training command.
+
+    results: {(number, seed): what do_all returned}, of some exercises. Rows that are recorded already stay if
+    their command is still in exercises.md.
+    """
+    path, rows = RESULTS / "exercises.csv", []
+    before = {row["command"]: row for row in runner.read_csv(path)} if path.exists() else {}
     for e in exercises:
-        mine = [results[e.number, seed] for seed in range(seeds)]
-
-        def each(name, mine=mine):
-            return " / ".join(f"{float(row[name]):.3f}" for row in mine)
-
-        command = next(what for kind, what in e.steps if kind == "sh" and what[0] == "train.py")
-        rows.append({"exercise": e.number, "title": e.title, "command": shlex.join(["python", *command]),
-                     "edited": bool(e.edits), "share": each("first_token_share"),
-                     "gate_score": each("gate_score"), "max_activation": each("max_activation"),
-                     "val_loss": each("val_loss"), "floor": f"{float(mine[0]['uniform_share']):.3f}",
-                     "printed": " / ".join(row["printed"] for row in mine)})
-    RESULTS.mkdir(exist_ok=True)
-    runner.write_csv(RESULTS / "exercises.csv", rows)
+        for i, command in enumerate(e.trainings()):
+            row = {"exercise": e.number, "title": e.title, "command": shlex.join(["python", *command]),
+                   "edited": bool(e.edits)}
+            if (e.number, 0) in results:
+                mine = [results[e.number, seed] for seed in range(seeds)]
+                row |= {name: " / ".join(f"{float(trained[i][column]):.3f}" for trained, _ in mine)
+                        for name, column in COLUMNS.items()}
+                row["floor"] = f"{float(mine[0][0][i]['uniform_share']):.3f}"
+                row["printed"] = " / ".join(printed for _, printed in mine)
+            else:
+                row = before[row["command"]] | row
+            rows.append(row)
+    runner.write_csv(path, rows)
     text = runner.markdown(f"exercises.md, seeds 0 to {seeds - 1}", head, "", rows,
                            {name: (name, "") for name in rows[0]})
     (RESULTS / "exercises.md").write_text(text.replace("nan", "-"))
@@ -130,11 +147,14 @@ def record(exercises, results, seeds, head):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    flags = runner.run_parser(__doc__, "exercises.py").parse_args(argv)
+    parser = runner.run_parser(__doc__, "exercises.py")
+    parser.add_argument("--only", metavar="N,N", help="numbers of the exercises to run [all]")
+    flags = parser.parse_args(argv)
     runner.at_least_one(flags, "seeds", "jobs")
     threads = runner.threads_each(flags.jobs)
     exercises = [e for e in read((ROOT / "exercises.md").read_text()) if e.recorded]
-    todo, results = [(e, seed) for seed in range(flags.seeds) for e in exercises], {}
+    chosen = [e for e in exercises if not flags.only or str(e.number) in flags.only.split(",")]
+    todo, results = [(e, seed) for seed in range(flags.seeds) for e in chosen], {}
     with concurrent.futures.ThreadPoolExecutor(flags.jobs) as pool:
         futures = {pool.submit(do_all, e, seed, threads): (e.number, seed) for e, seed in todo}
         try:

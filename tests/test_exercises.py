@@ -10,12 +10,15 @@ import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
+import jupytext
 import pytest
 from conftest import ROOT
+from nbclient import NotebookClient
 
 from experiments import exercises as lab
 
-EXERCISES = lab.read((ROOT / "exercises.md").read_text())
+TEXT = (ROOT / "exercises.md").read_text()
+EXERCISES = lab.read(TEXT)
 SHORT = {"train.py": ["--max_steps=2", "--eval_every=2", "--eval_windows=4", "--threads=1", "--device=cpu"],
          "sample.py": ["--tokens=5"], "compare_gates.py": ["--steps=2", "--eval_windows=4", "--device=cpu"]}
 
@@ -90,19 +93,65 @@ def test_every_exercise_can_be_done(exercise, project):
     assert "".join(printed).startswith("".join(shown))  # what follows from no training is shown to the letter
 
 
+def bands(seen):
+    """[(part of the run's command or "", what, lowest, highest)] in a text: in sentences and in a table."""
+    sentence = r"(share|gate score|value of BOS|of a letter) (?:of )?(\d\.\d+) to (\d\.\d+)"
+    found = [("", *band) for band in re.findall(sentence, " ".join(seen.split()))]
+    lines = [[cell.strip(" `") for cell in line.strip("|").split("|")]
+             for line in seen.splitlines() if line.startswith("|")]
+    for name, *cells in lines[2:]:
+        for what, cell in zip(lines[0][1:], cells):
+            low, _, high = cell.partition(" to ")
+            found.append((*(("", name) if lines[0][0] == "printed" else (name, what)), low, high or low))
+    return found
+
+
 @each([e for e in EXERCISES if e.recorded])
 def test_every_band_is_what_was_recorded(exercise):
+    commands = ["python " + " ".join(command) for command in exercise.trainings()]
     with open(lab.RESULTS / "exercises.csv", newline="") as file:
-        row = next(row for row in csv.DictReader(file) if row["title"] == exercise.title)
+        rows = [row for row in csv.DictReader(file) if row["command"] in commands]
+    assert len(rows) == len(commands)
     seen = exercise.text.partition("**What you should see.**")[2].partition("**Check.**")[0]
-    seen = " ".join(seen.split())
-    bands = re.findall(r"(share|gate score|value of BOS|of a letter) (?:of )?(\d\.\d+) to (\d\.\d+)", seen)
-    assert len(bands) >= 1 and len(bands) == len(re.findall(r"\d\.\d+ to \d", seen))
-    for name, low, high in bands:
-        column = row.get(name.replace(" ", "_"))
-        values = column.split(" / ") if column else re.findall(rf"{name} ([\d.]+)", row["printed"])
-        assert len(values) == 3
-        assert [low, high] == [min(values, key=float), max(values, key=float)]
+    found = bands(seen)
+    assert len(found) >= 1 and len(found) >= len(re.findall(r"\d\.\d+ to \d", seen))
+    for part, what, low, high in found:
+        row = [row for row in rows if part in row["command"]][-1]  # without a part, it speaks of the last run
+        column = row.get(what.replace(" ", "_"))
+        values = column.split(" / ") if column else re.findall(rf"{what} ([\d.]+)", row["printed"])
+        assert len(values) == 3, what
+        assert [low, high] == [min(values, key=float), max(values, key=float)], what
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def test_as_a_notebook_its_cells_are_the_python_and_sh_blocks_and_to_save_it_changes_nothing():
+    notebook = jupytext.reads(TEXT, fmt="md")
+    blocks = re.findall(r"^```(python|sh)\n(.+?)\n```$", TEXT, re.M | re.S)
+    assert {language for language, _ in blocks} == {"python", "sh"}
+    assert notebook.metadata.kernelspec.language == "python"
+    assert [cell.source for cell in code_cells(notebook)] == [
+        "%%sh\n" * (language == "sh") + block for language, block in blocks]
+    assert jupytext.writes(notebook, fmt="md") == TEXT  # JupyterLab saves a notebook every two minutes
+
+
+def test_in_a_kernel_the_cells_that_need_no_training_print_what_is_shown(tmp_path, monkeypatch):
+    untrained = [e for e in EXERCISES if not e.trainings()]
+    notebook = jupytext.reads(TEXT, fmt="md")
+    notebook.cells = [cell for cell in code_cells(notebook)
+                      if any(("python", cell.source + "\n") in e.steps for e in untrained)]
+    assert len(untrained) >= 3 and len(notebook.cells) == sum(len(e.steps) for e in untrained)
+    monkeypatch.delenv("JUPYTER_PATH", raising=False)  # no kernel but this environment's
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as in conftest, three times as fast
+    for name in ("JUPYTER_DATA_DIR", "IPYTHONDIR"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
+    shown = re.findall(r"^```text\n(.+?)^```$", "".join(e.text for e in untrained), re.M | re.S)
+    printed = [output for cell in notebook.cells for output in cell.outputs]
+    assert {output.name for output in printed} == {"stdout"}
+    assert "".join(output.text for output in printed) == "".join(shown)
 
 
 def test_an_edit_that_fits_no_more_is_refused(tmp_path):
