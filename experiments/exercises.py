@@ -163,7 +163,9 @@ def main(argv=None):
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    record(exercises, results, flags.seeds, runner.head("exercises.py", argv, TrainConfig(), flags.jobs))
+    others = {"others": "as they were recorded before"} if flags.only else {}
+    head = runner.head("exercises.py", argv, TrainConfig(), flags.jobs, **others)
+    record(exercises, results, flags.seeds, head)
 
 
 if __name__ == "__main__":
