@@ -83,10 +83,7 @@ kernel of their own would take. Learned: the largest score that `sink` has learn
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    parser = runner.run_parser(__doc__, "cures.py")
-    runner.add_trial_flags(parser, "cures")
-    flags = parser.parse_args(argv)
-    folder = runner.results_of(flags, "cures")
+    flags, folder = runner.begin(__doc__, "cures", argv)
     from experiments import figures
 
     rows, head = [], runner.head("cures.py", argv, train.TrainConfig(), flags.jobs)
@@ -102,9 +99,7 @@ def main(argv=None):
     columns = {"task": ("task", ""), **{name: COLUMNS[name] for name in shown},
                "largest_sink": ("learned", ".2f"), "does": ("what it does", "")}
     text = runner.markdown("cures", head, NOTE, rows, columns)
-    runner.write_csv(folder / "cures.csv", rows)
-    (folder / "cures.md").write_text(text)
-    print(text)
+    runner.finish(folder, "cures", rows, text)
     print(*figures.save(folder, "cures", {"share": lambda: draw(rows)}))
 
 

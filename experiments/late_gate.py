@@ -102,10 +102,7 @@ share. Loss at T=512: at triggers in the last quarter of a window eight times lo
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    parser = runner.run_parser(__doc__, "late_gate.py")
-    runner.add_trial_flags(parser, "late_gate")
-    flags = parser.parse_args(argv)
-    folder = runner.results_of(flags, "late_gate")
+    flags, folder = runner.begin(__doc__, "late_gate", argv)
     from experiments import figures
 
     jobs, results = [], {}
@@ -117,9 +114,7 @@ def main(argv=None):
     head = runner.head("late_gate.py", argv, jobs[0].c, flags.jobs, seeds=flags.seeds, recipe="sink preset; "
                        f"share of uniform attention {floor:.3f}")
     text = runner.markdown("late_gate", head, NOTE, rows, COLUMNS).replace("nan", "-")
-    runner.write_csv(folder / "late_gate.csv", rows)
-    (folder / "late_gate.md").write_text(text)
-    print(text)
+    runner.finish(folder, "late_gate", rows, text)
     print(*figures.save(folder, "late_gate", {"share": lambda: draw(results, flags.seeds, floor)}))
 
 

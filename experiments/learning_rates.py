@@ -129,10 +129,7 @@ and the highest seed.
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    parser = runner.run_parser(__doc__, "learning_rates.py")
-    runner.add_trial_flags(parser, "learning_rates")
-    flags = parser.parse_args(argv)
-    folder = runner.results_of(flags, "learning_rates")
+    flags, folder = runner.begin(__doc__, "learning_rates", argv)
     from experiments import figures
 
     recipes = recipes_of(flags.steps)
@@ -145,9 +142,7 @@ def main(argv=None):
                        f"seeds, {count(config):,} parameters, AdamW, {c.warmup_steps} steps of warm-up")
     lines = table_of(rows)
     text = runner.markdown("learning_rates", head, NOTE, lines, {name: (name, "") for name in lines[0]})
-    runner.write_csv(folder / "learning_rates.csv", rows)
-    (folder / "learning_rates.md").write_text(text)
-    print(text)
+    runner.finish(folder, "learning_rates", rows, text)
     print(*figures.save(folder, "learning_rates", {"loss": lambda: draw(rows)}))
 
 

@@ -196,10 +196,7 @@ before, the part for which the likeliest token is the digit that followed then.
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    parser = runner.run_parser(__doc__, "long_context.py")
-    runner.add_trial_flags(parser, "long_context")
-    flags = parser.parse_args(argv)
-    folder = runner.results_of(flags, "long_context")
+    flags, folder = runner.begin(__doc__, "long_context", argv)
     from experiments import figures
 
     rows, head, found = [], runner.head("long_context.py", argv, train.TrainConfig(), flags.jobs), {}
@@ -213,9 +210,7 @@ def main(argv=None):
                       f"{c.max_steps:,} steps, {flags.seeds} seeds, {runner.count(config):,} parameters")
     lines = table_of(rows)
     text = runner.markdown("long_context", head, NOTE, lines, {name: (name, "") for name in lines[0]})
-    runner.write_csv(folder / "long_context.csv", rows)
-    (folder / "long_context.md").write_text(text)
-    print(text)
+    runner.finish(folder, "long_context", rows, text)
     print(*figures.save(folder, "long_context", {"tasks": partial(draw_tasks, rows),
                                                  "why": partial(draw_why, found["backcopy"])}))
 

@@ -312,6 +312,21 @@ def add_trial_flags(parser, name):
                         f"three seeds or more and the recipe as it is, else out/{name}]")
 
 
+def begin(doc, name, argv):
+    """(flags, folder for the results) of the script name.py, which has no flags of its own."""
+    parser = run_parser(doc, f"{name}.py")
+    add_trial_flags(parser, name)
+    flags = parser.parse_args(argv)
+    return flags, results_of(flags, name)
+
+
+def finish(folder, name, rows, text):
+    """Write rows to name.csv and a text to name.md, and print it."""
+    write_csv(folder / f"{name}.csv", rows)
+    (folder / f"{name}.md").write_text(text)
+    print(text)
+
+
 def results_of(flags, name, trial=False):
     """The folder for the results of a command."""
     at_least_one(flags, "seeds", "jobs", "steps")
