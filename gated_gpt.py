@@ -84,8 +84,8 @@ class GPTConfig:
         headwise, at_qk = self.gate_kind == "headwise", self.gate in ("g3", "g4")
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} (default: n_embd / n_head) is odd: RoPE needs pairs")
-        if self.rope_factor > 1 and self.rope_scaling == "none":
-            raise ValueError(f"rope_factor={self.rope_factor:g} needs a rope_scaling: linear, ntk or yarn")
+        if (self.rope_factor > 1) != (self.rope_scaling != "none") and self.rope_trained is None:
+            raise ValueError(f"rope_scaling={self.rope_scaling}, rope_factor={self.rope_factor:g}: set both")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}")
         if headwise and at_qk and self.qk_norm and self.gate_op == "multiply":

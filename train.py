@@ -270,7 +270,7 @@ def train(config, c, say=tqdm.write):
         with bar, machine.ctrl_c() as stop:  # stop: a list, empty until somebody presses Ctrl-C
             while state["step"] < c.max_steps:
                 model.train()
-                torch.manual_seed(hash((c.seed, state["step"], rank)))  # of dropout; it is the same anywhere
+                torch.manual_seed(hash((c.seed, state["step"], rank)))  # for dropout; the hash never varies
                 batches = train_set.of_step(state["step"], c, rank, ranks)
                 rate = learning_rate_at(state["step"], c)
                 losses.append(train_step(parallel, optimizers, batches, rate, c, precision))

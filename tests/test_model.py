@@ -325,9 +325,10 @@ def test_a_longer_window_is_that_of_a_config_that_asks_for_it(scaling):
     assert model.config.rope_trained == 8
 
 
-def test_a_rope_factor_that_does_nothing_is_refused():
-    with pytest.raises(ValueError, match="rope_factor=4 needs a rope_scaling"):
-        tiny(rope_factor=4.0)
+@pytest.mark.parametrize("alone", [dict(rope_factor=4.0), dict(rope_scaling="yarn")], ids=str)
+def test_a_rope_scaling_without_its_factor_or_the_other_way_round_would_do_nothing_and_is_refused(alone):
+    with pytest.raises(ValueError, match="rope_scaling=.*, rope_factor=.*: set both"):
+        tiny(**alone)
 
 
 def test_exactly_the_combinations_that_make_sense_are_accepted():
