@@ -1,7 +1,6 @@
 """Claims about plumbing/: whole files, checkpoints, flags, how scripts end, the machine, and reports."""
 import dataclasses
 import math
-import multiprocessing
 import os
 import pickle
 import random
@@ -9,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -232,8 +232,8 @@ def test_code_in_a_file_does_not_run(saved, monkeypatch, write, read):
 
 def test_runs_that_start_at_once_get_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with multiprocessing.get_context("fork").Pool(4) as pool:
-        folders = pool.starmap(checkpoint.new_folder, [(None, "run", False)] * 24, chunksize=1)
+    with ThreadPoolExecutor(8) as pool:
+        folders = pool.map(lambda _: checkpoint.new_folder(None, "run", False), range(24))
     assert sorted(map(str, folders)) == sorted(["out/run", *(f"out/run-{i}" for i in range(2, 25))])
 
 
