@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from experiments.compare_gates import VARIANTS
+from train import parse_flags
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 MORE = (ROOT / "experiments/README.md").read_text()
@@ -80,21 +83,6 @@ def number(text, form):
     return "-" if text == "nan" else format(float(text), form)
 
 
-# Each table of results: its second heading, where it was recorded, its cells between name and description.
-TABLES = {
-    "share, three seeds": ("backcopy", lambda row: [
-        " / ".join(number(share, ".3f") for share in row["share_by_seed"].split()),
-        number(row["gate_score"], ".3f"), number(row["max_activation"], ".1f"),
-        number(row["paper_share"], ".3f")]),
-    "difference in loss": ("python", lambda row: [
-        number(row["difference"], "+.3f") + row["noise"], number(row["difference_sd"], ".3f"),
-        number(row["paper_difference"], "+.3f")]),
-    "late share": ("text-sink", lambda row: [
-        number(row["late_share"], ".3f"), number(row["share"], ".3f"), number(row["max_activation"], ".0f"),
-        number(row["gate_score"], ".3f"), number(row["val_loss"], ".3f")]),
-}
-
-
 @pytest.mark.parametrize("table", [
     "to_loss, avx2", "to_loss", "train, avx2", "train", "train, compiled", "sample, avx2"])
 def test_the_tables_of_speed_are_those_that_were_recorded(table):
@@ -105,21 +93,9 @@ def test_the_tables_of_speed_are_those_that_were_recorded(table):
         assert f"\n{row}" in recorded, row
 
 
-@pytest.mark.parametrize("heading", TABLES)
-def test_the_results_tables_say_what_was_recorded(heading):
-    task, cells_of = TABLES[heading]
-    with open(ROOT / f"experiments/results/{task}.csv", newline="") as file:
-        recorded = {row["variant"]: row for row in csv.DictReader(file)}
-    table, = re.findall(rf"^\| variant \| {heading} \|.*\n\|.*\n((?:\|.*\n)+)", README + MORE, re.M)
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
-    assert len(rows) >= 2
-    for name, *cells in rows:
-        assert cells[: len(cells_of(recorded[name.strip("`")]))] == cells_of(recorded[name.strip("`")]), name
-
-
-def rows_under(first):
-    """The rows, as lists of cells, of the table in README.md whose heading starts so; and its heading."""
-    heading, table = re.search(rf"^(\| {re.escape(first)}.*)\n\|.*\n((?:\|.*\n)+)", README, re.M).groups()
+def rows_under(first, text=README):
+    """The rows, as lists of cells, of the table in text whose heading starts so; and its heading."""
+    heading, table = re.search(rf"^(\| {re.escape(first)}.*)\n\|.*\n((?:\|.*\n)+)", text, re.M).groups()
     lines = [heading, *table.splitlines()]
     cells = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines]
     return cells[1:], cells[0]
@@ -130,43 +106,53 @@ def recorded(name):
         return list(csv.DictReader(file))
 
 
-def each(text):
-    """Numbers of a csv, one for each seed, as README writes them."""
-    return " / ".join(number(value, ".3f") for value in text.split())
+def span(numbers, form):
+    """From the least to the largest of a csv's numbers, one for each seed."""
+    numbers = sorted(map(float, numbers.split()))
+    return f"{numbers[0]:{form}} to {numbers[-1]:{form}}"
 
 
 def test_the_learning_rates_are_those_that_were_recorded():
     losses = {(row["variant"], row["qk_norm"], float(row["learning_rate"])): number(row["val_loss"], ".2f")
               for row in recorded("learning_rates")}
     rows, (_, _, *rates) = rows_under("variant | QK-norm")
-    for variant, switch, *cells in rows:
-        assert cells == [losses[variant, switch, float(rate)] for rate in rates]
+    for name, switch, *cells in rows:
+        assert cells == [losses[name, switch, float(rate)] for rate in rates]
 
 
 def test_the_long_windows_are_those_that_were_recorded():
     scores = {(row["task"], row["counts"], row["variant"], row["rope_scaling"], row["T"]):
               number(row["score"], ".2f") for row in recorded("long_context")}
-    rows, (_, _, _, trained, *longer) = rows_under("task, what counts")
-    for task, variant, scaling, first, *cells in rows:
-        key, scaling = (*task.split(", "), variant), scaling.replace("as trained", "none")
+    rows, (_, _, trained, *longer) = rows_under("variant | RoPE")
+    for name, scaling, first, *cells in rows:
+        key, scaling = ("backcopy", "loss at triggers", name), scaling.replace("as trained", "none")
         assert first == scores[*key, "none", trained.removeprefix("T=")]
         assert cells == [scores[*key, scaling, T.removeprefix("T=")] for T in longer]
 
 
-def test_the_other_cures_are_those_that_were_recorded():
-    found = {(row["task"], row["variant"]): row for row in recorded("cures")}
-    for variant, shares, difference, deviation, _ in rows_under("attention")[0]:
-        text = found["python", variant]
-        assert shares == each(found["backcopy", variant]["share_by_seed"])
-        assert variant == "none" or [difference, deviation] == [
-            number(text["difference"], "+.3f") + text["noise"], number(text["difference_sd"], ".3f")]
+def test_the_shares_and_losses_beside_flags_are_those_that_were_recorded_with_them():
+    cures = [row for row in recorded("cures") if row["variant"] not in ("none", "g1")]
+    shares, losses = ({row["variant"]: row for row in recorded(task) + cures if row.get("task", task) == task}
+                      for task in ("backcopy", "python"))
+    for flags, _, *cells in rows_under("flags | what it is")[0]:
+        name, = (name for name, variant in VARIANTS.items() if variant.change == parse_flags(flags.split()))
+        share, loss = shares[name], losses[name]
+        difference = (f"{number(loss['difference'], '+.3f')}{loss['noise']} ± "
+                      f"{number(loss['difference_sd'], '.3f')}") if name != "none" else "-"
+        assert cells == [span(share["share_by_seed"], ".3f"), number(share.get("paper_share", "nan"), ".3f"),
+                         difference, number(loss.get("paper_difference", "nan"), "+.3f")]
 
 
-def test_the_late_gates_are_those_that_were_recorded():
-    found = {row["run"]: row for row in recorded("late_gate")}
-    rows, _ = rows_under("run | share")
-    assert [name for name, *_ in rows] == list(found)
-    for name, *cells in rows:
+def test_the_sinks_of_late_and_lost_gates_are_those_that_were_recorded():
+    for row in recorded("late_gate"):
+        if row["run"] in ("none, then G1", "G1, then none"):
+            assert span(row["first_token_share_by_seed"], ".2f") in README
+
+
+def test_the_sink_on_text_is_the_one_that_was_recorded():
+    found = {row["variant"]: row for row in recorded("text-sink")}
+    for name, *cells, _ in rows_under("variant | late share", MORE)[0]:
         row = found[name]
-        assert cells == [each(row["first_token_share_by_seed"]), number(row["gate_score"], ".3f"),
-                         number(row["long_loss"], ".2f")]
+        assert cells == [number(row["late_share"], ".3f"), number(row["share"], ".3f"),
+                         number(row["max_activation"], ".0f"), number(row["gate_score"], ".3f"),
+                         number(row["val_loss"], ".3f")]
