@@ -63,8 +63,8 @@ def parse_flags(argv=None):
 def main(argv=None):
     flags = parse_flags(argv)
     device, _ = choose_device(flags.device)
-    model, name, title = open_model(flags.ckpt or newest_run())
-    name, released = flags.tokenizer or name, title.endswith("a released model")  # which has no BOS
+    model, name, title, released = open_model(flags.ckpt or newest_run())  # a released one has no BOS
+    name = flags.tokenizer or name
     if flags.block_size or flags.rope_scaling:
         model.set_window(flags.block_size or model.config.block_size,
                          flags.rope_scaling or model.config.rope_scaling)

@@ -319,7 +319,7 @@ def start(config, c, meta, device):
     model = GPT(config)
     origin = ""
     if c.init_from:
-        other, tokenizer, _ = checkpoint.open_model(c.init_from)
+        other, tokenizer, *_ = checkpoint.open_model(c.init_from)
         if not same_tokenizer(tokenizer, meta["tokenizer"]):
             raise ValueError(f"{c.init_from} reads tokens of {tokenizer}, but {c.data} has those of "
                              f"{meta['tokenizer']}: prepare the data with --tokenizer={tokenizer}")

@@ -79,19 +79,19 @@ def newest_run(root="out"):
 
 
 def open_model(path):
-    """(model, name of its tokenizer, what it is) from a checkpoint, or from the folder of a run or a released
-    model, on the CPU.
+    """(model, name of its tokenizer, a title, whether it is a released model) from a checkpoint, or from the
+    folder of a run or a released model, on the CPU.
     """
     path = Path(path)
     if (path / "config.json").exists():
         from plumbing.released import load_released  # here, because only released models need safetensors
         model = load_released(path)
-        return model, str(path.resolve()), f"{path}: gate {variant(model.config)}, a released model"
+        return model, str(path.resolve()), f"{path}: gate {variant(model.config)}, a released model", True
     path = path / "best.pt" if path.is_dir() else path
     model, saved = load(path)
     gate, step, data = variant(model.config), saved["step"], saved["train_config"]["data"]
     return (model, found_again(saved["tokenizer"], path.parent),
-            f"{path}: gate {gate}, step {step}, data {data}")
+            f"{path}: gate {gate}, step {step}, data {data}", False)
 
 
 def take_weights(model, other):
