@@ -41,12 +41,12 @@ class Exercise(NamedTuple):
     text: str
     edits: list  # (file, lines before, lines after)
     steps: list  # what to run, in order: ("sh" or "refused", arguments of `python`) or ("python", code)
+    needs: list  # steps of earlier exercises, whose runs it goes on from
 
     @property
     def recorded(self):
         """Whether it says a range in which a training run should come out."""
         return bool(re.search(r"\d\.\d+ to \d", self.text.partition("**What you should see.**")[2]))
-
 
     def trainings(self):
         """The commands that train, each as a list of words."""
@@ -55,7 +55,7 @@ class Exercise(NamedTuple):
 
 def read(text):
     """The exercises in the text of exercises.md: a list of Exercise."""
-    found = []
+    found, made = [], {}  # made: {folder of a run: the step that makes it}
     for section, number, title in re.findall(r"^(### (\d+)\. ([^\n]+)\n.*?)(?=^##|\Z)", text, re.M | re.S):
         edits, steps = [], []
         for language, block in re.findall(r"^```(diff|sh|python)\n(.+?)^```$", section, re.M | re.S):
@@ -69,7 +69,10 @@ def read(text):
             else:
                 steps += [("refused" if "# refused" in line else "sh", shlex.split(line, comments=True)[1:])
                           for line in block.splitlines()]
-        found.append(Exercise(int(number), title, section, edits, steps))
+        flags = [(word.partition("="), step) for step in steps if step[0] == "sh" for word in step[1]]
+        needs = [made[value] for (flag, _, value), _ in flags if flag == "--init_from" and value in made]
+        made |= {value: step for (flag, _, value), step in flags if flag == "--out"}
+        found.append(Exercise(int(number), title, section, edits, steps, needs))
     return found
 
 
@@ -95,14 +98,14 @@ def do_all(exercise, seed, threads):
     """All steps of an exercise with one seed. Returns (the last row of each training command's log, what the
     code printed).
     """
-    content = zlib.crc32(repr((exercise.edits, exercise.steps)).encode())
+    content = zlib.crc32(repr((exercise.edits, exercise.needs, exercise.steps)).encode())
     folder = Path("out/exercises") / f"{exercise.number}-{seed}-{content:08x}"
     done = folder / "printed.json"
     if not done.exists():
         shutil.rmtree(folder, ignore_errors=True)
         copy_project(folder, exercise.edits)
         printed = []
-        for step in exercise.steps:
+        for step in exercise.needs + exercise.steps:
             ran = do(step, folder, {"train.py": [f"--seed={seed}", f"--threads={threads}"]})
             if ran.returncode:
                 raise ValueError(f"exercise {exercise.number}, seed {seed}: {step[1]} failed: {ran.stderr}")

@@ -1,4 +1,5 @@
 """Claims about exercises.md: what it says to run runs, its edits fit, and its numbers are recorded."""
+import codeop
 import csv
 import os
 import re
@@ -85,7 +86,7 @@ def each(exercises):
 @each(EXERCISES)
 def test_every_exercise_can_be_done(exercise, project):
     folder, printed = project(exercise.edits), []
-    for step in exercise.steps:
+    for step in exercise.needs + exercise.steps:
         ran = do(step, folder)
         assert ran.returncode == (2 if step[0] == "refused" else 0), ran.stderr
         printed += [ran.stdout] * (step[0] == "python")
@@ -95,7 +96,8 @@ def test_every_exercise_can_be_done(exercise, project):
 
 def bands(seen):
     """[(part of the run's command or "", what, lowest, highest)] in a text: in sentences and in a table."""
-    sentence = r"(share|gate score|value of BOS|of a letter) (?:of )?(\d\.\d+) to (\d\.\d+)"
+    names = "share|gate score|at triggers|elsewhere|value of BOS|of a letter"
+    sentence = rf"({names}) (?:of )?(\d\.\d+) to (\d\.\d+)"
     found = [("", *band) for band in re.findall(sentence, " ".join(seen.split()))]
     lines = [[cell.strip(" `") for cell in line.strip("|").split("|")]
              for line in seen.splitlines() if line.startswith("|")]
@@ -152,6 +154,16 @@ def test_in_a_kernel_the_cells_that_need_no_training_print_what_is_shown(tmp_pat
     printed = [output for cell in notebook.cells for output in cell.outputs]
     assert {output.name for output in printed} == {"stdout"}
     assert "".join(output.text for output in printed) == "".join(shown)
+
+
+def test_python_blocks_can_be_typed_or_pasted_into_python():
+    for block in re.findall(r"^```python\n(.+?)^```$", TEXT, re.M | re.S):
+        typed = []
+        for line in [*block.splitlines(), ""]:  # Enter once more at the end
+            typed.append(line)
+            if codeop.compile_command("\n".join(typed)):  # complete; a line that cannot follow is an error
+                typed.clear()
+        assert not typed, block
 
 
 def test_an_edit_that_fits_no_more_is_refused(tmp_path):
