@@ -231,8 +231,8 @@ class Attention(nn.Module):
         self.sdpa = SDPA() if config.attention == "softmax" else OtherSDPA(config)
         self.sdpa_norm = RMSNorm(hs, config.norm_eps) if config.sdpa_norm else nn.Identity()
         self.sdpa_silu = nn.SiLU() if config.sdpa_silu else nn.Identity()
-        if config.gate != "none":
-            y_shape = {"g1": (nh, hs), "g2": (nkv, hs), "g3": (nkv, hs), "g4": (nh, hs), "g5": (C,)}
+        y_shape = {"g1": (nh, hs), "g2": (nkv, hs), "g3": (nkv, hs), "g4": (nh, hs), "g5": (C,)}
+        if config.gate in y_shape:
             self.gate = Gate(config, y_shape[config.gate])
 
     def forward(self, x, cos, sin, cache=None):

@@ -185,7 +185,7 @@ def make_optimizers(model, c):
     """
     muon, decay, rest = [], [], []
     for name, p in model.named_parameters():
-        p.requires_grad_(c.train_only == "all" or ".attn.gate." in name)
+        p.requires_grad_(c.train_only == "all" or ".gate." in name)
         if not p.requires_grad:
             continue
         elif p.dim() < 2:

@@ -99,12 +99,12 @@ def take_weights(model, other):
     own, there = model.state_dict(), other.state_dict()
     moved = other.config.gate != model.config.gate  # then its gate is of no use, though it may have the shape
     taken = {name: p for name, p in there.items() if name in own and own[name].shape == p.shape
-             and not (moved and ".attn.gate." in name)}
-    new, gone = ({re.sub(r"blocks.*attn\.(gate|sdpa\w*)\..*", r"\1", name) for name in names - taken.keys()}
+             and not (moved and ".gate." in name)}
+    new, gone = ({re.sub(r"blocks.*\.(gate|sdpa\w*)\..*", r"\1", name) for name in names - taken.keys()}
                  for names in (own.keys(), there.keys()))
-    if not new | gone <= {"gate", "sdpa", "sdpa_norm"}:
-        raise ValueError("the weights of init_from have another shape than your flags ask for: leave out "
-                         "those of the model, except the gate's")
+    if differ := sorted((new | gone) - {"gate", "sdpa", "sdpa_norm"}):
+        raise ValueError(f"init_from has weights of another shape than your flags ask for ({differ[0]}): "
+                         "leave out the flags of the model, except the gate's")
     model.load_state_dict(taken, strict=False)
     return "".join([f", new: {part}" for part in sorted(new)]
                    + [f", left out: its {part}" for part in sorted(gone)])

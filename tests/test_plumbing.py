@@ -276,7 +276,7 @@ def test_every_field_is_a_flag_with_a_group_a_line_of_help_and_its_default(parse
         assert default is None or shown[name] == f"[{text}]", name
 
 
-@pytest.mark.parametrize("flag", ["--n_lay=2", "--learn=1", "--gate=g6", "--n_layer=two", "--n_layer=1.5",
+@pytest.mark.parametrize("flag", ["--n_lay=2", "--learn=1", "--gate=g9", "--n_layer=two", "--n_layer=1.5",
                                   "--dropout=x", "--qk_norm=1", "--nosuch", "stray"])
 def test_a_flag_that_is_shortened_or_unknown_or_has_a_wrong_value_is_refused(parser, flag):
     status, _, said = status_of(parser.parse_args, [flag])
