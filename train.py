@@ -440,7 +440,7 @@ def main(argv=None):
     if c.attn_share:
         print("\n" + layer_table(log[-1]["layers"], config.block_size))
     where = f" --ckpt={shlex.quote(c.out)}" if c.out else ""  # without --out, sample.py finds the newest run
-    print(f"\na sample (more of it: python sample.py{where}):\n{sampled(model, c)}")
+    print(f"\na sample of the last step (of the best: python sample.py{where}):\n{sampled(model, c)}")
 
 
 def sampled(model, c):

@@ -3,7 +3,7 @@ Data for gated GPT: text in, two files of tokens out.
 
     python data/prepare.py python              this Python's standard library
     python data/prepare.py backcopy            the task that grows a sink
-    python data/prepare.py recall              the task that asks what stood further back
+    python data/prepare.py recall              the task that looks further back
     python data/prepare.py shakespeare         Tiny Shakespeare, 1 MB
     python data/prepare.py fineweb --shards=2  web text, 200 MB a shard
     python data/prepare.py notes.txt novels/   your own UTF-8 text
@@ -73,7 +73,7 @@ def write_set(name, tokenizer, source, chunks):
             raise
         raise OSError(f"cannot write {out} ({error.strerror}): make room, or let the variable GATED_GPT_DATA "
                       "name another folder for sets") from error
-    print(f"{out}: {meta['train']['tokens']:,} tokens for train and {meta['val']['tokens']:,} for val "
+    print(f"{out}:\n{meta['train']['tokens']:,} tokens for train and {meta['val']['tokens']:,} for val "
           f"({tokenizer}, {vocab_size:,} in the vocabulary)")
     return out
 

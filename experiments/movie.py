@@ -61,38 +61,37 @@ def draw(frames, path):
     """Write the frames {gate: [(map, share)]} as a GIF, 720 pixels wide; the last one stays for a while."""
     from matplotlib.animation import FuncAnimation, PillowWriter
 
-    from experiments.figures import BLUE, ORANGE, STYLE, plt  # here, as in the other experiments
+    from experiments.figures import BLUE, ORANGE, plt
     colors, tokens = dict(none=ORANGE, g1=BLUE), get_tokenizer("bytes")
     names = ["BOS", *(bytes_of(token, tokens).decode() for token in text_of()[0, 1:].tolist())]
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplot_mosaic([list(GATES), ["share"] * 2], figsize=(7.2, 5.6),
-                                          height_ratios=(3.4, 1.3))
-        images, lines, titles = {}, {}, {}
+    figure, axes = plt.subplot_mosaic([list(GATES), ["share"] * 2], figsize=(7.2, 5.6),
+                                      height_ratios=(3.4, 1.3))
+    images, lines, titles = {}, {}, {}
+    for gate, title in GATES.items():
+        images[gate] = axes[gate].imshow(frames[gate][0][0], cmap="Greys", vmin=0, vmax=1)
+        axes[gate].set_xticks(range(len(names)), names, fontsize=6, rotation=90)
+        axes[gate].set_yticks(range(len(names)), names, fontsize=6)
+        axes[gate].tick_params(length=0)
+        axes[gate].set_xlabel("the token looked at")
+        titles[gate] = axes[gate].set_title(title, fontsize=10, color=colors[gate])
+        lines[gate], = axes["share"].plot([], [], color=colors[gate], lw=2, label=title)
+    axes["none"].set_ylabel("the token that looks")
+    axes["share"].axhline(uniform_share(train.PRESETS["sink"]["block_size"]), color="black", ls=":", lw=1)
+    axes["share"].set(xlim=(0, STEPS[-1]), ylim=(0, 1), ylabel="first-token share",
+                      xlabel="training steps (dotted: uniform attention)")
+    axes["share"].legend(frameon=False, loc="center right")
+
+    def show(i):
         for gate, title in GATES.items():
-            images[gate] = axes[gate].imshow(frames[gate][0][0], cmap="Greys", vmin=0, vmax=1)
-            axes[gate].set_xticks(range(len(names)), names, fontsize=6, rotation=90)
-            axes[gate].set_yticks(range(len(names)), names, fontsize=6)
-            axes[gate].tick_params(length=0)
-            axes[gate].set_xlabel("the token looked at")
-            titles[gate] = axes[gate].set_title(title, fontsize=10, color=colors[gate])
-            lines[gate], = axes["share"].plot([], [], color=colors[gate], lw=2, label=title)
-        axes["none"].set_ylabel("the token that looks")
-        axes["share"].axhline(uniform_share(train.PRESETS["sink"]["block_size"]), color="black", ls=":", lw=1)
-        axes["share"].set(xlim=(0, STEPS[-1]), ylim=(0, 1), ylabel="first-token share",
-                          xlabel="training steps (dotted: uniform attention)")
-        axes["share"].legend(frameon=False, loc="center right")
+            images[gate].set_data(frames[gate][i][0])
+            shares = [share for _, share in frames[gate][: i + 1]]
+            lines[gate].set_data(STEPS[: i + 1], shares)
+            titles[gate].set_text(f"{title}: {shares[-1]:.2f} on the first token")
 
-        def show(i):
-            for gate, title in GATES.items():
-                images[gate].set_data(frames[gate][i][0])
-                shares = [share for _, share in frames[gate][: i + 1]]
-                lines[gate].set_data(STEPS[: i + 1], shares)
-                titles[gate].set_text(f"{title}: {shares[-1]:.2f} on the first token")
-
-        order = [*range(len(STEPS)), *[len(STEPS) - 1] * HOLD]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        FuncAnimation(figure, show, order).save(path, PillowWriter(fps=5), dpi=100)
-        plt.close(figure)
+    order = [*range(len(STEPS)), *[len(STEPS) - 1] * HOLD]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    FuncAnimation(figure, show, order).save(path, PillowWriter(fps=5), dpi=100)
+    plt.close(figure)
 
 
 def main(argv=None):
@@ -100,8 +99,11 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="of both runs [%(default)s]")
     parser.add_argument("--results", type=Path, default=runner.RESULTS, help="folder [experiments/results]")
     flags = parser.parse_args(argv)
+    from experiments import figures  # here: without matplotlib it stops before the training, not after it
     path = flags.results / "sink.gif"
-    draw({gate: frames_of(gate, flags.seed, Path("out/movie")) for gate in GATES}, path)
+    frames = {gate: frames_of(gate, flags.seed, Path("out/movie")) for gate in GATES}
+    with figures.plt.rc_context(figures.STYLE):
+        draw(frames, path)
     print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
 
 

@@ -164,7 +164,7 @@ def python_set(tmp_path_factory):
 def test_a_set_that_needs_no_download_is_made_once_on_the_way(python_set):
     lines = python_set[3].splitlines()  # the set was opened twice
     assert lines[0].startswith("preparing ") and lines[0].endswith("python, once")
-    assert len(lines) == 2 and "(bpe2k, 2,048 in the vocabulary)" in lines[1]
+    assert len(lines) == 3 and "(bpe2k, 2,048 in the vocabulary)" in lines[2]
 
 
 def test_each_file_of_the_standard_library_is_whole_in_one_split_after_a_bos(python_set):
@@ -464,7 +464,7 @@ def test_the_command_writes_to_the_folder_of_the_variable_without_waiting_for_to
     done = subprocess.run([sys.executable, "-X", "importtime", prepare.__file__, notes, "--tokenizer=bytes"],
                           capture_output=True, text=True, timeout=600, cwd=notes.parent)
     assert done.returncode == 0 and "tiktoken" in done.stderr and "torch" not in done.stderr
-    assert done.stdout.endswith(f"{root / 'notes'}: 5,416 tokens for train and 286 for val "
+    assert done.stdout.endswith(f"{root / 'notes'}:\n5,416 tokens for train and 286 for val "
                                 "(bytes, 257 in the vocabulary)\n")
 
 

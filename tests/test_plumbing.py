@@ -285,7 +285,8 @@ def test_a_flag_that_is_shortened_or_unknown_or_has_a_wrong_value_is_refused(par
 
 @pytest.mark.parametrize("words, said", [
     ("--compile=False", "error: say --compile/--no-compile, without the value 'False'"),
-    ("--block-size=64", "did you mean --block_size?"), ("--max_iters=9", "did you mean --max_steps?"),
+    ("--block-size=64", "did you mean --block_size?"), ("--lr=1", "did you mean --learning_rate?"),
+    ("--max_iters=9", "did you mean --max_steps?"),
     ("--out_dir=x", "did you mean --out?"), ("--dtype=float16", "choose from"),
     ("config/train_shakespeare_char.py", "--help shows flags and presets"),
     ("--wandb_log=True", "--wandb_log=True: --help shows flags and presets")])

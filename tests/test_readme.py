@@ -47,7 +47,7 @@ def clone(tmp_path_factory):
 def test_a_newcomer_needs_one_line_to_train_and_one_to_test():
     train = "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && .venv/bin/python train.py"
     test = train.replace(".txt &&", ".txt -r tests/requirements.txt &&")
-    assert train in BLOCKS[0].splitlines()
+    assert BLOCKS[0].startswith(train)
     assert [test.replace("train.py", "-m pytest -n 2 --dist=loadfile")] == BLOCKS[-1].splitlines()
 
 
@@ -108,8 +108,8 @@ def recorded(name):
 
 def span(numbers, form):
     """From the least to the largest of a csv's numbers, one for each seed."""
-    numbers = sorted(map(float, numbers.split()))
-    return f"{numbers[0]:{form}} to {numbers[-1]:{form}}"
+    least, *_, largest = (f"{number:{form}}" for number in sorted(map(float, numbers.split())))
+    return least if least == largest else f"{least} to {largest}"
 
 
 def test_the_learning_rates_are_those_that_were_recorded():
