@@ -243,6 +243,7 @@ TRIGGERS = "uvx"  # 6% of the text
 def backcopy_text(chars, seed=0):
     """A Markov chain over 62 characters in which a trigger asks for a copy of the one before it ("kvk").
 
+    After the bigram-backcopy task of Guo et al. 2024, "Active-Dormant Attention Heads" (arXiv 2410.13835).
     Each character's successors are drawn once from a Dirichlet(0.3). After a trigger comes the copy, seven
     times out of eight (but no copy of a trigger). So a head has work at triggers and none elsewhere.
 

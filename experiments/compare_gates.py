@@ -99,7 +99,7 @@ VARIANTS = {
 TASKS = {
     # The sink in a minute: data/prepare.py, backcopy.
     "backcopy": train.PRESETS["sink"],
-    # Real text: 78 runs, three seeds of all 26 variants, in about 50 minutes on one core.
+    # Real text: 78 runs, three seeds of all 26 variants, in about an hour on one core.
     "python": dict(data="python", n_layer=4, n_head=4, n_kv_head=2, n_embd=64, block_size=64, batch_size=16,
                    max_steps=500, learning_rate=4e-3, warmup_steps=50, eval_windows=128),
     # The same text, and what lets a sink form on it: a high constant learning rate, and many steps.
