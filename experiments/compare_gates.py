@@ -1,9 +1,9 @@
 """
 The paper's comparison, small: every gate and every control of its tables, trained alike, in one table.
 
-    python experiments/compare_gates.py --task=backcopy --jobs=2         who keeps the sink? 3 seeds each
-    python experiments/compare_gates.py --task=python --variants=g1,g2 --seeds=5 --n_layer=6
-    python experiments/compare_gates.py --task=backcopy --from_results   draw the figures again, no training
+    python experiments/compare_gates.py --task=backcopy --jobs=2  3 seeds each
+    python experiments/compare_gates.py --task=python --variants=g1 --n_layer=6
+    python experiments/compare_gates.py --task=backcopy --from_results  no runs
 
 A new variant is one new row of VARIANTS. Runs are kept in out/compare-TASK/, so that the same command goes on
 where it was stopped: see experiments/runner.py.

@@ -1,7 +1,7 @@
 """
 Who else removes the sink? Three ways to change the softmax, beside the gate, which filters its result.
 
-    python experiments/cures.py --jobs=2             backcopy and python, three seeds, 15 minutes
+    python experiments/cures.py --jobs=2             3 seeds, 15 minutes
     python experiments/cures.py --seeds=1 --steps=200    a trial
 
 softmax1, sink and softpick are the formulas in OtherSDPA (gated_gpt.py), and rows of VARIANTS in

@@ -2,7 +2,7 @@
 How large may the learning rate be? The paper's Table 2, small: every rate without a gate, with one, and with
 the sandwich norm, on real text; and without QK-norm, which is another way to steady training.
 
-    python experiments/learning_rates.py --jobs=2           three seeds, 126 runs, 40 minutes on two cores
+    python experiments/learning_rates.py --jobs=2       126 runs, 40 min
     python experiments/learning_rates.py --seeds=1 --steps=200   a trial
 
 Reading order: RATES -> recipes_of -> final_loss -> spikes -> rows_of -> draw -> main.

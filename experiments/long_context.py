@@ -2,7 +2,7 @@
 Longer windows than trained: the paper's Table 5, small. Models that were trained on windows of 64 tokens get
 up to 1,024, with RoPE as it was trained and with each rope_scaling of gated_gpt.py; nothing is trained again.
 
-    python experiments/long_context.py --jobs=2          three tasks, three seeds, 25 minutes on two cores
+    python experiments/long_context.py --jobs=2          3 seeds, 25 min
     python experiments/long_context.py --seeds=1 --steps=100    a trial
 
 `backcopy` asks for a copy at triggers, `recall` for a digit that stood far back (both in data/prepare.py),

@@ -2,7 +2,7 @@
 The moving picture of the README: the attention of the sink preset's model while it trains, without a gate and
 with G1, and how the first-token share grows.
 
-    python experiments/movie.py    two runs of a minute, then experiments/results/sink.gif
+    python experiments/movie.py  two runs, then experiments/results/sink.gif
 
 A run is stopped for each frame and goes on from its checkpoint, which changes no bit of it.
 Reading order: frames_of -> draw -> main.

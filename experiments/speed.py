@@ -2,11 +2,11 @@
 What things cost: one command for each table, which is printed and written to experiments/results/speed_*.md
 (for a trial of your own, add --results=out/trial).
 
-    python experiments/speed.py train       training steps, with and without the gate
-    python experiments/speed.py to_loss     wall time until nanoGPT's validation loss is reached
-    python experiments/speed.py optimizers  the same for AdamW and Muon, on the laptop preset
-    python experiments/speed.py sample      new tokens a second, and how soon the first one comes
-    python experiments/speed.py gate        what every gate adds: forward, training step, decoding
+    python experiments/speed.py train       steps, with and without the gate
+    python experiments/speed.py to_loss     until nanoGPT's loss is reached
+    python experiments/speed.py optimizers  the same for AdamW and Muon
+    python experiments/speed.py sample      tokens a second, and the first one
+    python experiments/speed.py gate        what every gate adds
 
 Times on a shared machine are noisy. So candidates take turns, ratios are formed within a round, and a ratio
 that is now above 1, now below, is called noise. With --nanogpt=FOLDER, a clone of github.com/karpathy/nanoGPT

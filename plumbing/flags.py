@@ -66,13 +66,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser_of(doc, name, usage, presets=None):
-    """A Parser that shows a script's docstring as it is, and takes no shortened flags.
+    """A Parser that shows a script's docstring, wrapped to a terminal, and takes no shortened flags.
 
     presets: {name: {field: value}}, for a flag --preset and the end of the help.
     """
-    shown = (doc or "").partition("\nReading order")[0]  # python -OO drops docstrings
+    text = (doc or "").partition("Reading order")[0].strip()  # python -OO drops docstrings
+    parts = [part if part[:1] == " " else textwrap.fill(part, 78) for part in text.split("\n\n")]
     parser = Parser(
-        prog=name, usage=f"{name} {usage}", description=shown, allow_abbrev=False,
+        prog=name, usage=f"{name} {usage}", description="\n\n".join(parts), allow_abbrev=False,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30))
     if presets:
         parser.epilog = "presets:"

@@ -1,6 +1,7 @@
 """Claims about the comparison: the paper's rows at fair sizes, numbers that follow rules, runs that go on."""
 import contextlib
 import dataclasses
+import importlib
 import io
 import json
 import math
@@ -406,3 +407,14 @@ def test_the_moving_picture_has_a_frame_for_each_step_of_both_runs(here, monkeyp
         straight = train.train(config, c, lambda text: None)[0].state_dict()
         stopped = checkpoint.load(Path("out/movie", gate, "last.pt"))[0].state_dict()
         assert all(torch.equal(p, stopped[name]) for name, p in straight.items())
+
+
+@pytest.mark.parametrize("script", [
+    "train", "sample", "data.prepare",
+    *(f"experiments.{path.stem}" for path in sorted((ROOT / "experiments").glob("*.py"))
+      if "def main(" in path.read_text())])
+def test_the_help_of_every_script_fits_80_columns(script, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    status, out, _ = status_of(importlib.import_module(script).main, ["--help"])
+    assert status == 0 and len(out.splitlines()) > 10
+    assert all(len(line) <= 80 for line in out.splitlines())
