@@ -360,6 +360,17 @@ def test_the_flags_are_there_without_docstrings_and_without_the_scripts_folder_o
     assert {*names} <= {*re.findall(r"--(\w+)", process.stdout)} and process.stderr == ""
 
 
+@pytest.mark.parametrize("script", ["train.py", "data/prepare.py", "experiments/cures.py"])
+def test_packages_of_other_people_with_our_names_do_not_win(script, tmp_path):
+    for name in ("data", "plumbing", "experiments"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+    words = [sys.executable, ROOT / script, "--help"]
+    process = subprocess.run(words, capture_output=True, text=True, timeout=600,
+                             env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert process.returncode == 0, process.stderr
+
+
 # ---- the machine -------------------------------------------------------------------------------------
 
 
