@@ -3,7 +3,7 @@ The paper's comparison, small: every gate and every control of its tables, train
 
     python experiments/compare_gates.py --task=backcopy --jobs=2  3 seeds each
     python experiments/compare_gates.py --task=python --variants=g1 --n_layer=6
-    python experiments/compare_gates.py --task=backcopy --from_results  no runs
+    python experiments/compare_gates.py --task=backcopy --from_results  redraw
 
 A new variant is one new row of VARIANTS. Runs are kept in out/compare-TASK/, so that the same command goes on
 where it was stopped: see experiments/runner.py.

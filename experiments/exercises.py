@@ -2,7 +2,7 @@
 The numbers of exercises.md: does what each exercise says, edits included, and records what comes out.
 
     python experiments/exercises.py --jobs=2    all that state a range, 3 seeds
-    python experiments/exercises.py --only=5,9  two; what is recorded stays
+    python experiments/exercises.py --only=5,9  these two; the rest stays
 
 An edit is a ```diff block whose first line names the file. What is run is in ```sh and ```python blocks. Each
 run has its own copy of the project in out/exercises/, so nothing of yours is edited. A copy that is finished

@@ -58,7 +58,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         if unknown := re.match(r"unrecognized arguments: ([^\s=]+)", message):
-            near = difflib.get_close_matches(unknown[1].replace("--lr", "--learning_rate"),
+            near = difflib.get_close_matches(unknown[1].replace("--lr", "--learning_rate"),  # too short to match
                                              self._option_string_actions, 1)
             message += f": did you mean {near[0]}?" if near else ": --help shows flags and presets"
         switch = r"argument (\S+): ignored explicit argument"
@@ -71,6 +71,7 @@ def parser_of(doc, name, usage, presets=None):
     presets: {name: {field: value}}, for a flag --preset and the end of the help.
     """
     text = (doc or "").partition("Reading order")[0].strip()  # python -OO drops docstrings
+    # Commands are indented, and stay as they are; prose is wrapped.
     parts = [part if part[:1] == " " else textwrap.fill(part, 78) for part in text.split("\n\n")]
     parser = Parser(
         prog=name, usage=f"{name} {usage}", description="\n\n".join(parts), allow_abbrev=False,
