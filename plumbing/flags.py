@@ -58,8 +58,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         if unknown := re.match(r"unrecognized arguments: ([^\s=]+)", message):
-            near = difflib.get_close_matches(unknown[1].replace("--lr", "--learning_rate"),  # too short to match
-                                             self._option_string_actions, 1)
+            name = unknown[1].replace("--lr", "--learning_rate")  # too short to be found by its letters
+            near = difflib.get_close_matches(name, self._option_string_actions, 1)
             message += f": did you mean {near[0]}?" if near else ": --help shows flags and presets"
         switch = r"argument (\S+): ignored explicit argument"
         super().error(re.sub(switch, r"say \1, without the value", message))
