@@ -3,9 +3,7 @@ import csv
 import io
 import math
 
-import torch
-
-from gated_gpt import evaluating, uniform_share
+from gated_gpt import attention_maps, uniform_share
 from plumbing.files import whole_file
 
 TABLE_4 = {  # of the paper: gate score, largest activation (M-Act), first-token share (F-Attn)
@@ -39,13 +37,12 @@ COLUMNS = {  # name in a row: (heading, format). train_loss is the mean over the
     "step": ("step", "6.0f"), "train_loss": ("train", "8.4f"), "val_loss": ("val", "8.4f"),
     "bits_per_byte": ("bits/byte", "10.4f"), "tokens_per_second": ("tokens/s", "10,.0f"),
     "first_token_share": ("share", "7.3f"), "uniform_share": ("(floor)", "8.3f"),
-    "gate_score": ("gate", "7.3f"), "max_activation": ("max|x|", "8.1f"), "max_expert_load": ("load", "6.2f")}
+    "gate_score": ("gate", "7.3f"), "max_activation": ("max|x|", "8.1f")}
 
 
-def columns_of(config, attn_share):
+def columns_of(attn_share):
     """Names of the columns that a run shows."""
-    shown = 5 if not attn_share else 10 if config.n_expert else 9
-    return list(COLUMNS)[:shown]
+    return list(COLUMNS) if attn_share else list(COLUMNS)[:5]
 
 
 def heading(columns):
@@ -69,15 +66,14 @@ def write_log(path, log):
         file.write(text.getvalue().encode())
 
 
-def describe(say, model, c, meta, origin, choices):
-    """Say what was chosen for a run, and why. choices: [(what, choice, reason)]"""
+def describe(say, model, c, meta, origin, ranks):
+    """Say what a run will do."""
     windows, T = c.windows_per_step, model.config.block_size
     in_gates = sum(p.numel() for name, p in model.named_parameters() if ".gate." in name)
-    for what, choice, reason in choices:
-        say(f"{what:<8} {str(choice).removeprefix('torch.')} ({reason})")
     say(f"model    gate {variant(model.config)}, {model.num_params():,} parameters, {in_gates:,} in gates")
     say(f"data     {c.data}, {meta['train']['tokens']:,} training tokens ({meta['tokenizer']})")
-    say(f"steps    {c.max_steps:,} of {windows * T:,} tokens ({windows} windows of {T}), {c.optimizer}")
+    say(f"steps    {c.max_steps:,} of {windows * T:,} tokens ({windows} windows of {T}), {c.optimizer}"
+        + f", {ranks} processes" * (ranks > 1))
     say(f"run      {c.out}{', ' * bool(origin)}{origin}\n")
 
 
@@ -87,14 +83,13 @@ def describe(say, model, c, meta, origin, choices):
 def layer_table(layers, T):
     """measure's dicts as a table, with the floor of the share for windows of T tokens."""
     rows = [f"first-token share per layer, T={T}; uniform attention would give {uniform_share(T):.3f}",
-            f"{'layer':>5}{'share':>8}{'most, in head':>17}{'t >= T/4':>10}{'gate':>8}{'under .1':>10}"
-            f"{'max|x|':>9}"]
+            f"{'layer':>5}{'share':>8}{'most, in head':>17}{'t >= T/4':>10}{'gate':>8}{'max|x|':>9}"]
     for i, layer in enumerate(layers):
         heads = layer["first_token_share_by_head"]
         most = heads.index(max(heads))
         rows.append(f"{i:>5}{layer['first_token_share']:>8.3f}{heads[most]:>11.3f} in {most:<2}"
                     f"{layer['late_first_token_share']:>10.3f}{layer['gate_score']:>8.3f}"
-                    f"{layer['gate_closed']:>10.3f}{layer['max_activation']:>9.1f}".replace("nan", "  -"))
+                    f"{layer['max_activation']:>9.1f}".replace("nan", "  -"))
     return "\n".join(rows)
 
 
@@ -109,24 +104,6 @@ def means_table(layers, name, N, T):
             score, activation, share = numbers
             rows.append(f"{title:<48}{share:>8.3f}{score:>8.3f}{activation:>9.1f}".replace("nan", "  -"))
     return "\n".join(rows)
-
-
-@torch.no_grad()
-def attention_maps(model, idx):
-    """Attention probabilities on tokens idx (B, T), for short texts: a list with one (B, T, T, nh) per layer.
-
-    Indices are [batch, query, key, head]. The trick is measure's: with one-hot values, token s says "I am s".
-    """
-    maps = []
-
-    def on_sdpa(sdpa, inputs, output):
-        q, k, v = inputs[:3]
-        one_hot = torch.eye(k.size(1), dtype=v.dtype, device=v.device)[None, :, None]  # (1, T, 1, T)
-        maps.append(sdpa.forward(q, k, one_hot.expand(*k.shape[:3], -1)).transpose(2, 3))
-
-    with evaluating(model, [(block.attn.sdpa, on_sdpa) for block in model.blocks]):
-        model(idx)
-    return maps
 
 
 def draw_maps(model, idx, names, path):

@@ -15,11 +15,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch._dynamo.testing import CompileCounter
 
 import gated_gpt
-from gated_gpt import GPT, Gate, GPTConfig, KVCache, sample
-from plumbing.report import attention_maps
+from gated_gpt import GPT, Gate, GPTConfig, KVCache, attention_maps, sample
 
 GATES = ["g1", "g2", "g3", "g4", "g5"]
 MOE = dict(n_expert=4, n_expert_active=2)
@@ -38,7 +36,7 @@ VARIANTS = {
     "g5-no-input": dict(gate="g5", gate_input=False),
     "sdpa-norm": dict(gate="none", sdpa_norm=True), "sdpa-silu": dict(gate="none", sdpa_silu=True),
     "softmax1": dict(gate="none", attention="softmax1"), "softpick": dict(gate="none", attention="softpick"),
-    "g1-sink-gqa": dict(attention="sink", n_kv_head=2),
+    "g1-learned-gqa": dict(attention="learned", n_kv_head=2),
     "sandwich": dict(gate="none", norm="sandwich"),
     "g1-sandwich-tied": dict(norm="sandwich", tie_embeddings=True),
     "g1-gqa": dict(n_kv_head=2, head_dim=6), "g2-mqa": dict(gate="g2", n_kv_head=1),
@@ -104,7 +102,7 @@ WEIGHTS = {  # of the keys that a query sees, from its scores s and its head's l
     # small number is added after all has been divided by the largest power, if that is above 1.
     "softmax": lambda s, b: np.exp(s) / np.exp(s).sum(),
     "softmax1": lambda s, b: np.exp(s) / (1 + np.exp(s).sum()),
-    "sink": lambda s, b: np.exp(s) / (np.exp(b) + np.exp(s).sum()),
+    "learned": lambda s, b: np.exp(s) / (np.exp(b) + np.exp(s).sum()),
     "softpick": lambda s, b: np.maximum(np.exp(s) - 1, 0) / (
         np.abs(np.exp(s) - 1).sum() + 1e-6 * np.exp(max(0, s.max()))),
 }
@@ -118,7 +116,7 @@ def turn(x, position, c):
     """RoPE on one head of one token: channels i and i + hs/2 are one complex number, turned by an angle."""
     half, hs, s, out = len(x) // 2, len(x), c.rope_factor, np.zeros(len(x))
     for i in range(half):
-        base = c.rope_base * s ** (hs / (hs - 2)) if c.rope_scaling == "ntk" else c.rope_base
+        base = c.rope_base
         speed, length = base ** (-2 * i / hs), 1.0  # radians from one position to the next
         if c.rope_scaling == "linear":
             speed /= s
@@ -173,7 +171,7 @@ def loop_attention(c, w, xs, trace):
         for h in range(c.n_head):
             q = qkv[t][0][h]
             scores = np.array([q @ qkv[s][1][h // group] / math.sqrt(c.head_dim) for s in range(t + 1)])
-            b = w["sdpa.b"][h] if c.attention == "sink" else None
+            b = w["sdpa.b"][h] if c.attention == "learned" else None
             probabilities[h].append(WEIGHTS[c.attention](scores, b))
             y = sum(p * qkv[s][2][h // group] for s, p in enumerate(probabilities[h][t]))
             y = rms(y, c.norm_eps, w["sdpa_norm.weight"]) if c.sdpa_norm else y
@@ -254,7 +252,7 @@ SHAPES = {
 LONG = dict(head_dim=12, rope_base=20.0, block_size=8, rope_factor=4.0, rope_trained=64)
 ONCE = {  # shapes that need not be tried with every gate
     **{attention: dict(attention=attention, n_kv_head=2) for attention in WEIGHTS},
-    **{scaling: dict(rope_scaling=scaling, **LONG) for scaling in ("linear", "ntk", "yarn")},
+    **{scaling: dict(rope_scaling=scaling, **LONG) for scaling in ("linear", "yarn")},
 }
 
 
@@ -299,7 +297,7 @@ def test_other_attentions_and_scaled_ropes_agree_with_plain_loops_behind_a_gate(
     assert_agrees_with_loops(tiny(gate="g1", **shape))
 
 
-@pytest.mark.parametrize("attention", ["softmax1", "sink", "softpick"])
+@pytest.mark.parametrize("attention", ["softmax1", "learned", "softpick"])
 def test_other_attentions_stay_finite_at_scores_of_any_size(attention):
     for size in (1e-4, 1.0, 1e3):
         model, idx = lively(tiny(attention=attention, qk_norm=False)), tokens(2, 8)
@@ -311,7 +309,7 @@ def test_other_attentions_stay_finite_at_scores_of_any_size(attention):
 
 
 def test_a_learned_sink_can_take_all_of_the_attention_and_none():
-    model, idx = lively(tiny(gate="none", attention="sink")), tokens(2, 8)
+    model, idx = lively(tiny(gate="none", attention="learned")), tokens(2, 8)
     plain = lively(tiny(gate="none"))
     plain.load_state_dict({name: p for name, p in model.state_dict().items() if "sdpa.b" not in name})
     for b, other in ((-1000.0, plain), (1000.0, without_gate(plain, silent="o_proj"))):
@@ -320,7 +318,7 @@ def test_a_learned_sink_can_take_all_of_the_attention_and_none():
         assert_same_logits(model, other, idx)
 
 
-@pytest.mark.parametrize("scaling", ["linear", "ntk", "yarn"])
+@pytest.mark.parametrize("scaling", ["linear", "yarn"])
 def test_a_longer_window_is_that_of_a_config_that_asks_for_it(scaling):
     model = lively(tiny(block_size=8))
     model.set_window(32, scaling)
@@ -613,7 +611,6 @@ def test_cached_logits_equal_uncached_ones(variant, chunks):
     with torch.no_grad():
         expected = model(idx)[0]
         for size in chunks:
-            cache.positions = torch.arange(start, start + size)
             logits = model(idx[:, start:start + size], cache=cache)[0]
             assert (logits - expected[:, start:start + size]).abs().max() < 1e-5
             start += size
@@ -670,18 +667,6 @@ def test_the_rows_of_a_batch_do_not_disturb_each_other(variant):
     together = model.generate(idx, 15, temperature=0)
     alone = [model.generate(row[None], 15, temperature=0) for row in idx]
     assert torch.equal(together, torch.cat(alone))
-
-
-@pytest.mark.parametrize("rows", [1, 2])
-def test_a_compiled_model_writes_the_same_text_and_is_not_compiled_again_as_it_grows(rows):
-    model, idx = lively(tiny(block_size=32)), tokens(rows, 3)
-    plain = model.generate(idx, 25, temperature=0)
-    for n in (2, 25):
-        torch._dynamo.reset()
-        counter = CompileCounter()
-        model.compile(backend=counter, dynamic=False)
-        assert torch.equal(model.generate(idx, n, temperature=0), plain[:, : 3 + n])
-        assert counter.frame_count == 2  # one graph for the prompt, one for a single token
 
 
 @pytest.mark.parametrize("options", [dict(temperature=0), dict(temperature=0, top_k=3), dict(top_k=1),
