@@ -4,6 +4,7 @@ Text from a trained model:
     python sample.py                            the newest run, from BOS on
     python sample.py --prompt="a" --attn_share  and how much attention BOS gets
     python sample.py --attn_share --text=FILE   the same on a text, in blocks
+    python sample.py --prompt="my own text" --tokens=0 --attn_map=map.png
 
 --ckpt takes a checkpoint, a run's folder, or the folder of a released model.
 
@@ -33,7 +34,6 @@ def parse_flags(argv=None):
     parser.add_argument("--ckpt", help="what to sample from [the newest run in out/]")
     parser.add_argument("--prompt", type=utf8, default="", help="text to continue; -: standard input [none]")
     parser.add_argument("--tokens", type=int, default=256, help="tokens to add [%(default)s]")
-    parser.add_argument("--samples", type=int, default=1, help="texts, made side by side [%(default)s]")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token [%(default)s]")
     parser.add_argument("--top_k", type=int, help="choose among the k likeliest tokens only [all]")
     parser.add_argument("--no-stop", dest="stop", action="store_false", help="go on where a text ends")
@@ -42,29 +42,28 @@ def parse_flags(argv=None):
     parser.add_argument("--device", default="cpu", help="auto, cpu, cuda, mps [%(default)s]")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
                         help="of the weights; auto: as stored, if the hardware can multiply it [%(default)s]")
-    parser.add_argument("--compile", action="store_true", help="compile the model: for long texts on a GPU")
     parser.add_argument("--block_size", type=int, help="tokens in a window, for longer ones than trained")
-    parser.add_argument("--rope_scaling", choices=("none", "linear", "ntk", "yarn"), help="for such windows")
+    parser.add_argument("--rope_scaling", choices=("none", "linear", "yarn"), help="for such windows")
     parser.add_argument("--attn_share", action="store_true", help="measure first-token share on this text")
     parser.add_argument("--text", metavar="FILE", help="with --attn_share: measure it on this text instead")
     parser.add_argument("--attn_map", metavar="FILE.png", help="draw the attention on this text")
     flags = parser.parse_args(argv)
-    for name, least in (("tokens", 0), ("samples", 1), ("temperature", 0), ("top_k", 1), ("seed", 0)):
+    for name, least in (("tokens", 0), ("temperature", 0), ("top_k", 1), ("seed", 0)):
         value = getattr(flags, name)
         if value is not None and not least <= value < 2**31:
             raise ValueError(f"{name}={value} must be at least {least}, and below 2^31")
     if flags.text and (flags.prompt or not flags.attn_share):
         raise ValueError("--text is what --attn_share measures: give both, and no --prompt")
-    if flags.compile and (flags.attn_share or flags.attn_map):
-        raise ValueError("--compile hides what --attn_share and --attn_map look at: leave it out")
     return flags
 
 
 def main(argv=None):
     flags = parse_flags(argv)
-    device, _ = choose_device(flags.device)
-    model, name, title, released = open_model(flags.ckpt or newest_run())  # a released one has no BOS
-    name = flags.tokenizer or name
+    device = choose_device(flags.device)
+    # A released model was trained without a BOS: its text starts with the prompt.
+    model, tokenizer_name, title, released = open_model(flags.ckpt or newest_run())
+    name = flags.tokenizer or tokenizer_name
+    print(title)
     if flags.block_size or flags.rope_scaling:
         model.set_window(flags.block_size or model.config.block_size,
                          flags.rope_scaling or model.config.rope_scaling)
@@ -72,21 +71,15 @@ def main(argv=None):
     if tokenizer.n_vocab > model.config.vocab_size:
         raise ValueError(f"the tokenizer {name} has {tokenizer.n_vocab} tokens, but the model only "
                          f"{model.config.vocab_size}: they do not belong together, so get both again")
-    stored = model.embed.weight.dtype
-    dtype, why = choose_precision(flags.dtype, device, stored)
+    dtype = choose_precision(flags.dtype, device, print, stored=model.embed.weight.dtype)
     for p in model.parameters():  # not model.to(dtype), which would also round the angles of RoPE
         p.data = p.data.to(dtype)
     model.to(device)
-    if dtype != stored or released:
-        title += (f"\n{model.num_params() * dtype.itemsize / 1e9:.1f} GB of weights in "
-                  f"{str(dtype).removeprefix('torch.')} ({why})")
-    print(title + "\n")
+    print()
     if flags.text:
         T = min(SHORT, T) if released else T  # others measured released models on 512 tokens
         window = text_blocks(read_text(flags.text), tokenizer, None if released else bos, T).to(device)
     else:
-        if flags.compile:
-            model.compile(dynamic=False)  # two graphs, for the prompt and for a single token
         prompt = read_text("-") if flags.prompt == "-" else flags.prompt
         tokens = tokenizer.encode_ordinary(prompt)  # "<|bos|>" in a prompt is seven characters
         if released and not tokens:
@@ -111,27 +104,17 @@ def main(argv=None):
 
 
 def write(model, idx, prompt, tokenizer, ends, flags):
-    """Print what follows on idx (1, t), flags.samples times; return the first text's last window, (1, T)."""
-    generator, start = torch.Generator(idx.device).manual_seed(flags.seed), idx.expand(flags.samples, -1)
-    text, made, ended, length = TextOut(tokenizer), [], np.zeros(flags.samples, bool), idx.size(1)
-    if flags.samples == 1:
-        print(prompt, end="", flush=True)
-    for new in model.stream(start, flags.tokens, flags.temperature, flags.top_k, generator):
-        ended |= [token in ends for token in new.tolist()]
-        if ended.all():
+    """Print the prompt, and what follows on idx (1, t); return the text's last window, (1, T) or less."""
+    generator, T = torch.Generator(idx.device).manual_seed(flags.seed), model.config.block_size
+    text = TextOut(tokenizer)
+    print(prompt, end="", flush=True)
+    for new in model.stream(idx, flags.tokens, flags.temperature, flags.top_k, generator):  # new: (1,)
+        if new.item() in ends:
             break
-        length += not ended[0]  # tokens of the first text, until it ends
-        made.append(new)  # (samples,)
-        if flags.samples == 1:  # show it as it is made
-            print(text.add(new.item()), end="", flush=True)
-    whole = torch.stack([*start.unbind(1), *made], dim=1)  # (samples, t + n)
-    if flags.samples == 1:
-        print(text.rest())
-    else:
-        for i, row in enumerate(whole[:, idx.size(1):].tolist(), 1):
-            print(f"--- {i} ---\n{prompt}{TextOut(tokenizer).rest(row, ends)}")
-    first, T = whole[:1, :length], model.config.block_size
-    return first if length <= T else torch.cat((first[:, :1], first[:, 1 - T:]), dim=1)
+        print(text.add(new.item()), end="", flush=True)  # shown as it is made
+        idx = torch.cat((idx, new[None]), dim=1)
+    print(text.rest())
+    return idx if idx.size(1) <= T else torch.cat((idx[:, :1], idx[:, 1 - T:]), dim=1)  # BOS stays in front
 
 
 def text_blocks(text, tokenizer, bos, T):

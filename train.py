@@ -73,8 +73,9 @@ class TrainConfig:
 
     def __post_init__(self):
         check_fields(self, seed=0, warmup_steps=0)
-        if self.resume and self.overwrite:
-            raise ValueError("resume and overwrite: go on with the run, or replace it, but not both")
+        if self.resume and (self.overwrite or not self.out):
+            raise ValueError(f"resume with out={self.out}, overwrite={self.overwrite}: out names the run to "
+                             "go on with, and overwrite would replace it")
 
     @property
     def windows_per_step(self):
@@ -166,14 +167,17 @@ class Muon(torch.optim.Optimizer):
 def orthogonal(x):
     """Matrices x (N, rows, columns), rows <= columns: singular vectors stay, singular values become about 1.
 
-    a x + b (x x^T) x + c (x x^T)^2 x replaces each singular value s by a s + b s^3 + c s^5. Five times that,
-    and every s from 0.002 to 1 is at 0.7 to 1.2: rare directions are learned as fast as frequent ones.
+    a x + b (x x^T) x + c (x x^T)^2 x replaces each singular value s by a s + b s^3 + c s^5 (Newton-Schulz).
+    Five times that, and every s from 0.002 to 1 is at 0.7 to 1.2: rare directions are learned as fast as
+    frequent ones.
     """
+    a, b, c = 3.4445, -4.7750, 2.0315
     x = x.to(torch.bfloat16 if machine.has_bfloat16(x.device) else torch.float32)
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # no s is above 1
     for _ in range(5):
         xxt = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(xxt, xxt, xxt, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+        polynomial = torch.baddbmm(xxt, xxt, xxt, beta=b, alpha=c)  # b x x^T + c (x x^T)^2
+        x = torch.baddbmm(x, polynomial, x, beta=a)
     return x.float()
 
 
@@ -222,7 +226,7 @@ def train_step(model, optimizers, batches, learning_rate, c, precision):
         if isinstance(model, DistributedDataParallel):  # exchange gradients once, in the last backward
             model.require_backward_grad_sync = i == len(batches)
         with precision:
-            loss = model(idx, targets)[1] / (windows / len(idx))
+            loss = model(idx, targets)[1] / (windows / len(idx))  # windows / len(idx): batches of this size
         loss.backward()
         total += loss.detach()
     if c.grad_clip:
@@ -238,35 +242,38 @@ def train_step(model, optimizers, batches, learning_rate, c, precision):
 def train(config, c, say=tqdm.write):
     """Train as the two configs say. Returns (model, log); the log has a dict for each evaluation.
 
-    Raises ValueError for what cannot be, FloatingPointError when a loss is not finite, and KeyboardInterrupt
-    after Ctrl-C, when all is saved. Under torchrun, each process trains on its part of a step's windows.
+    Raises ValueError for settings that do not fit together, FloatingPointError when a loss is not finite, and
+    KeyboardInterrupt after Ctrl-C, when all is saved. Under torchrun, each process trains on its part of a
+    step's windows.
     """
-    threads, why_threads = machine.choose_threads(c.threads)
-    out = str(checkpoint.newest_run()) if c.resume and not c.out else c.out
-    c = dataclasses.replace(c, out=out, threads=threads)  # stored: the last digits depend on it
-    torch.set_num_threads(threads)
-    device, why_device = machine.choose_device(c.device)
-    dtype, why_dtype = machine.choose_precision(c.dtype, device)
-    precision = machine.autocast(dtype, device)
+    # The machine
+    bar_shown = None if say is tqdm.write else True  # of tqdm's `disable`; None: a bar if this is a terminal
+    say = say if machine.is_first() else machine.silent
+    c = dataclasses.replace(c, threads=machine.choose_threads(c.threads, say))  # kept with the run, whose
+    torch.set_num_threads(c.threads)  # last digits depend on the number of threads
+    device = machine.choose_device(c.device, say)
+    precision = machine.autocast(machine.choose_precision(c.dtype, device, say), device)
+
     with machine.processes(device) as (rank, ranks):
-        say = say if rank == 0 else lambda text: None
+        # Data and model
         config, meta, train_set, val_set = open_data(config, c, device, ranks)
-        model, optimizers, state = (resume if c.resume else start)(config, c, meta, device)
-        if rank == 0 and not c.resume:
-            out = checkpoint.new_folder(c.out, f"{c.data}-{variant(config)}", c.overwrite)
-            c = dataclasses.replace(c, out=str(out))
-        batch = train_set.of_step(0, c, rank, ranks)[0]
-        fast, compile_choice = machine.try_compile(model, batch, precision, c.compile)
+        if c.resume:
+            model, optimizers, state = resume(config, c, meta, device)
+        else:
+            model, optimizers, state = start(config, c, meta, device)
+            if rank == 0:
+                out = checkpoint.new_folder(c.out, f"{c.data}-{variant(config)}", c.overwrite)
+                c = dataclasses.replace(c, out=str(out))
+        # One model under three names: `model` is measured and saved, `fast` evaluates, `parallel` trains.
+        fast = machine.try_compile(model, train_set.of_step(0, c, rank, ranks)[0], precision, c.compile, say)
         parallel = DistributedDataParallel(fast) if ranks > 1 else fast
-        describe(say, model, c, meta, state["origin"], [
-            ("device", f"{device}, {ranks} processes" if ranks > 1 else device, why_device),
-            ("threads", threads, why_threads), ("dtype", dtype, why_dtype), ("compile", *compile_choice)])
-        columns = columns_of(config, c.attn_share)
+        describe(say, model, c, meta, state["origin"], ranks)
+        columns = columns_of(c.attn_share)
         say(heading(columns))
 
-        losses, began = [], time.perf_counter()  # losses stay on the device: reading one would wait for it
-        bar = tqdm(total=c.max_steps, initial=state["step"], unit="step", leave=False,
-                   disable=None if say is tqdm.write else True)  # None: a bar if this is a terminal
+        # The loop. Losses stay on the device: to read one, the CPU would have to wait for it.
+        losses, began = [], time.perf_counter()
+        bar = tqdm(total=c.max_steps, initial=state["step"], unit="step", leave=False, disable=bar_shown)
         with bar, machine.ctrl_c() as stop:  # stop: a list, empty until somebody presses Ctrl-C
             while state["step"] < c.max_steps:
                 model.train()
@@ -276,26 +283,30 @@ def train(config, c, say=tqdm.write):
                 losses.append(train_step(parallel, optimizers, batches, rate, c, precision))
                 state["step"] += 1
                 bar.update()
+                if state["step"] % c.eval_every and state["step"] < c.max_steps and not stop:
+                    continue
 
-                if state["step"] % c.eval_every == 0 or state["step"] == c.max_steps or stop:
-                    train_loss = machine.mean_over_processes(torch.stack(losses).mean())
-                    seconds = time.perf_counter() - began
-                    tokens = len(losses) * c.windows_per_step * config.block_size
-                    row = {"step": state["step"], "train_loss": train_loss,
-                           "tokens_per_second": tokens / seconds, "seconds": state["seconds"] + seconds}
-                    row |= evaluate(model, fast, val_set, meta["val"], c, precision)
-                    if not math.isfinite(train_loss + row["val_loss"]):
-                        raise FloatingPointError(f"the loss at step {state['step']} is not finite: try a "
-                                                 "smaller --learning_rate; what was saved before stays")
-                    state["seconds"] = row["seconds"]
-                    state["log"].append(row)
-                    if rank == 0:
-                        save(model, optimizers, state, c, meta)
-                    say(line(row, columns))
-                    losses, began = [], time.perf_counter()
-                    if stop and state["step"] < c.max_steps:
-                        raise KeyboardInterrupt(f"stopped at step {state['step']} and saved; to go on: "
-                                                f"python train.py --resume --out={shlex.quote(c.out)}")
+                # A row of the log, and a checkpoint
+                train_loss = machine.mean_over_processes(torch.stack(losses).mean())
+                seconds = time.perf_counter() - began
+                tokens = len(losses) * c.windows_per_step * config.block_size
+                row = {"step": state["step"], "train_loss": train_loss,
+                       "tokens_per_second": tokens / seconds, "seconds": state["seconds"] + seconds}
+                row |= evaluate(model, fast, val_set, meta["val"], c, precision)
+                if not math.isfinite(train_loss + row["val_loss"]):
+                    raise FloatingPointError(f"the loss at step {state['step']} is not finite: try a smaller "
+                                             "--learning_rate; what was saved before stays")
+                state["seconds"] = row["seconds"]
+                state["log"].append(row)
+                if rank == 0:
+                    save(model, optimizers, state, c, meta)
+                say(line(row, columns))
+                losses, began = [], time.perf_counter()
+                if stop:
+                    break
+    if state["step"] < c.max_steps:
+        raise KeyboardInterrupt(f"stopped at step {state['step']} and saved; to go on: python train.py "
+                                f"--resume --out={shlex.quote(c.out)}")
     return model, state["log"]
 
 
@@ -378,7 +389,7 @@ def evaluate(model, fast, val_set, val_meta, c, precision):
         idx, _ = val_set.at(val_set.spaced(MEASURE_WINDOWS))  # (64, T)
         layers = measure(model, idx)
         row |= {"uniform_share": uniform_share(idx.size(1)), "layers": layers}
-        for name in ("first_token_share", "gate_score", "max_activation", "max_expert_load"):
+        for name in ("first_token_share", "gate_score", "max_activation"):
             row[name] = sum(layer[name] for layer in layers) / len(layers)  # the paper's mean over layers
     return row
 
@@ -411,13 +422,13 @@ def configs_from(flags):
                              f"--{', --'.join(sorted(fixed))}, or start a new run with --init_from")
         out = flags.get("out") or str(checkpoint.newest_run())
         model, saved = checkpoint.load(Path(out, "last.pt"))
-        return make_configs(dataclasses.asdict(model.config) | saved["train_config"]
-                            | {"out": out, "overwrite": False} | flags)
-    device, _ = machine.choose_device(flags.get("device", "auto"))
-    name = flags.get("preset", "gpu" if device.type == "cuda" else "laptop")
+        return make_configs(dataclasses.asdict(model.config) | saved["train_config"] | {"overwrite": False}
+                            | flags | {"out": out})
+    device = machine.choose_device(flags.get("device", "auto"))
+    preset = flags.get("preset", "gpu" if device.type == "cuda" else "laptop")
     if machine.is_first():
-        print(f"preset   {name} ({'as asked' if 'preset' in flags else f'on {device.type}'})")
-    values = PRESETS[name]
+        print(f"preset   {preset} ({'as asked' if 'preset' in flags else f'on {device.type}'})")
+    values = PRESETS[preset]
     if "init_from" in flags:  # the weights decide the shape, all but these two
         there = dataclasses.asdict(checkpoint.open_model(flags["init_from"])[0].config)
         free = {name: values[name] for name in ("block_size", "dropout") if name in values}
@@ -425,7 +436,7 @@ def configs_from(flags):
     config, c = make_configs(values | flags)
     if flags.get("warmup_steps", 0) >= c.max_steps:
         raise ValueError(f"warmup_steps={c.warmup_steps} must be below max_steps={c.max_steps}: try a tenth")
-    c.warmup_steps = flags.get("warmup_steps", min(c.warmup_steps, c.max_steps // 2))  # it must end
+    c.warmup_steps = flags.get("warmup_steps", min(c.warmup_steps, c.max_steps // 2))  # a preset may not fit
     return config, c
 
 

@@ -48,6 +48,11 @@ def utf8(text):
     return text.encode().decode()
 
 
+# Flags that there are not, or no more: what to say instead, where the letters do not lead to it.
+INSTEAD = dict.fromkeys(("--samples", "--num_samples"), "--seed=1, and --seed=2 for the next text") | {
+    "--lr": "--learning_rate"}
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that knows ~ and whose errors name a way out."""
 
@@ -58,8 +63,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         if unknown := re.match(r"unrecognized arguments: ([^\s=]+)", message):
-            name = unknown[1].replace("--lr", "--learning_rate")  # too short to be found by its letters
-            near = difflib.get_close_matches(name, self._option_string_actions, 1)
+            name, known = unknown[1], self._option_string_actions
+            near = [INSTEAD[name]] if name in INSTEAD else difflib.get_close_matches(name, known, 1)
             message += f": did you mean {near[0]}?" if near else ": --help shows flags and presets"
         switch = r"argument (\S+): ignored explicit argument"
         super().error(re.sub(switch, r"say \1, without the value", message))

@@ -1,4 +1,8 @@
-"""The machine: device, threads, precision, torch.compile, several processes, and Ctrl-C."""
+"""
+The machine: device, threads, precision, torch.compile, several processes, and Ctrl-C.
+
+A function that chooses something takes `say`, which is called with a line: what was chosen, and why.
+"""
 import os
 import signal
 import sys
@@ -13,8 +17,12 @@ import torch.distributed as dist
 CORES = torch.get_num_threads()  # torch's own choice, before a run changes it
 
 
-def choose_device(name):
-    """(device, reason). ValueError if there is no such device."""
+def silent(text):
+    """A `say` that says nothing."""
+
+
+def choose_device(name, say=silent):
+    """A torch.device. ValueError if there is no such device."""
     why = "as asked"
     if name == "auto" and torch.cuda.is_available():
         name, why = "cuda", torch.cuda.get_device_name()
@@ -31,23 +39,27 @@ def choose_device(name):
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0][:100]
         raise ValueError(f"device={name} cannot be used here ({reason}): try --device=cpu") from None
-    return torch.device(name), why
+    say(f"device   {name} ({why})")
+    return torch.device(name)
 
 
-def choose_threads(threads):
-    """(number of CPU threads, reason): as asked, else one for each core that is idle now.
+def choose_threads(threads, say=silent):
+    """Number of CPU threads: as asked, else one for each core that is idle now.
 
     Two runs with two threads each, on two cores, are many times slower than two runs with one thread each,
     since they take the cores from each other. Linux tells which cores are idle.
     """
     if threads or "OMP_NUM_THREADS" in os.environ:
-        return threads or CORES, "as asked"
-    if (quota := cpu_quota()) and quota < CORES:
-        return quota, "all that this container may use"
-    if not os.path.exists("/proc/stat"):
-        return CORES, "torch's choice"
-    idle = idle_cores()
-    return max(1, min(CORES, round(idle))), f"{idle:.1f} cores are idle"
+        threads, why = threads or CORES, "as asked"
+    elif (quota := cpu_quota()) and quota < CORES:
+        threads, why = quota, "all that this container may use"
+    elif not os.path.exists("/proc/stat"):
+        threads, why = CORES, "torch's choice"
+    else:
+        idle = idle_cores()
+        threads, why = max(1, min(CORES, round(idle))), f"{idle:.1f} cores are idle"
+    say(f"threads  {threads} ({why})")
+    return threads
 
 
 def idle_cores(seconds=0.1):
@@ -80,19 +92,23 @@ def has_bfloat16(device):
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def choose_precision(name, device, stored=None):
-    """(dtype of the matrix products, reason). `stored`: that of weights which are used, not trained."""
-    able = has_bfloat16(device)
-    if name == "float32" or (name == "bfloat16" and able):
-        return getattr(torch, name), "as asked"
-    if name == "bfloat16":
-        return torch.bfloat16, "as asked, but slow: this hardware does not multiply bfloat16"
-    if stored:
-        lacks = stored == torch.bfloat16 and not able
-        return (torch.float32, "this hardware does not multiply bfloat16") if lacks else (stored, "as stored")
-    if device.type == "cuda" and able:
-        return torch.bfloat16, "autocast; weights stay float32"
-    return torch.float32, f"the default on {device.type}"
+def choose_precision(name, device, say=silent, stored=None):
+    """dtype of the matrix products. `stored`: that of weights which are used, not trained."""
+    able, dtype = has_bfloat16(device), torch.float32
+    if name == "float32":
+        why = "as asked"
+    elif name == "bfloat16":
+        dtype, why = torch.bfloat16, "as asked" if able else "as asked; slow, emulated on this hardware"
+    elif stored == torch.bfloat16 and not able:
+        why = "this hardware does not multiply bfloat16"
+    elif stored:
+        dtype, why = stored, "as stored"
+    elif device.type == "cuda" and able:
+        dtype, why = torch.bfloat16, "autocast; weights stay float32"
+    else:
+        why = f"the default on {device.type}"
+    say(f"dtype    {str(dtype).removeprefix('torch.')} ({why})")
+    return dtype
 
 
 def autocast(dtype, device):
@@ -102,10 +118,11 @@ def autocast(dtype, device):
     return torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
 
 
-def try_compile(model, batch, precision, wanted=True):
-    """(the compiled model, or the original one, (on or off, reason)). wanted: None means with CUDA only."""
+def try_compile(model, batch, precision, wanted=True, say=silent):
+    """The compiled model; where that fails, the model as it is. wanted: None means with CUDA only."""
     if not (batch[0].is_cuda if wanted is None else wanted):
-        return model, ("off", "on by default with CUDA only" if wanted is None else "as asked")
+        say(f"compile  off ({'on by default with CUDA only' if wanted is None else 'as asked'})")
+        return model
     try:
         compiled = torch.compile(model)
         with precision:
@@ -116,10 +133,12 @@ def try_compile(model, batch, precision, wanted=True):
         raise
     except Exception as error:  # a missing C++ compiler, or Triton: training works without
         reason = " ".join(str(error).split())[:200]
-        return model, ("off", f"torch.compile failed with {type(error).__name__}: {reason}")
+        say(f"compile  off (torch.compile failed with {type(error).__name__}: {reason})")
+        return model
     finally:
         model.train().zero_grad()
-    return compiled, ("on", "as asked" if wanted else "the default with CUDA")
+    say(f"compile  on ({'as asked' if wanted else 'the default with CUDA'})")
+    return compiled
 
 
 # ---- several processes, started by torchrun --------------------------------------------------------

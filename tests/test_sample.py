@@ -100,7 +100,7 @@ def test_the_same_seed_gives_the_same_text_but_another_seed_another(run):
     assert texts[0] == texts[1] != texts[2]
 
 
-@pytest.mark.parametrize("scaling", ["none", "linear", "ntk", "yarn"])
+@pytest.mark.parametrize("scaling", ["none", "linear", "yarn"])
 def test_a_window_may_be_longer_than_the_trained_one(scaling, run):
     flags = "--block_size=48 --tokens=40 --temperature=0 --no-stop --attn_share"
     out = printed(f"--rope_scaling={scaling}", *flags.split())
