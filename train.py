@@ -53,9 +53,9 @@ class TrainConfig:
     grad_accum: int = 1  # forwards in a step; their gradients are averaged
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, with adamw for the rest
     learning_rate: float = 1e-3  # peak learning rate
-    schedule: Literal["cosine", "constant"] = "cosine"  # learning rate after warm-up
+    schedule: Literal["cosine", "constant", "wsd"] = "cosine"  # rate after warm-up; wsd: falls at the end only
     warmup_steps: int = 100  # steps in which the learning rate climbs to its peak; fewer in a short run
-    min_lr_ratio: float = 0.1  # last learning rate of the cosine, as a fraction of the peak
+    min_lr_ratio: float = 0.1  # last learning rate of cosine and wsd, as a fraction of the peak
     weight_decay: float = 0.1  # on matrices only
     train_only: Literal["all", "gate"] = "all"  # gate: all other weights stay as they are
     beta1: float = 0.9  # AdamW (not Muon): memory of the mean gradient
@@ -83,10 +83,10 @@ class TrainConfig:
 
 
 PRESETS = {
-    # Real text, on two cores, in about two minutes.
-    "laptop": dict(data="python", n_layer=2, n_head=4, n_embd=128, block_size=128, batch_size=16,
-                   max_steps=800, optimizer="muon", learning_rate=6e-3, warmup_steps=20, min_lr_ratio=0.0,
-                   eval_every=100, attn_share=True),
+    # An attention sink on real text, on two cores, in about two minutes: see experiments/sink_on_text.py.
+    "laptop": dict(data="python", n_layer=3, n_head=2, n_embd=64, block_size=64, qk_norm=False,
+                   batch_size=16, max_steps=3000, optimizer="muon", learning_rate=8e-3, schedule="wsd",
+                   warmup_steps=20, min_lr_ratio=0.0, weight_decay=0.25, eval_every=500, attn_share=True),
     # The size of nanoGPT's baby GPT, for one GPU; --data=shakespeare is its text.
     "gpu": dict(data="python", n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2,
                 batch_size=64, max_steps=2000, optimizer="muon", learning_rate=3e-3, eval_every=250,
@@ -206,14 +206,18 @@ def make_optimizers(model, c):
 
 
 def learning_rate_at(step, c):
-    """Learning rate of step 0, 1, ...: a linear climb, then half a cosine down, or constant."""
+    """Learning rate of step 0, 1, ...: a linear climb, then constant, half a cosine down, or wsd: warmup,
+    stable, decay (MiniCPM, arXiv 2404.06395), here a straight line down over the last 30% of the steps.
+    """
     if step < c.warmup_steps:
         return c.learning_rate * (step + 1) / c.warmup_steps
     if c.schedule == "constant":
         return c.learning_rate
     done = (step - c.warmup_steps) / max(1, c.max_steps - c.warmup_steps)
-    ratio = c.min_lr_ratio + (1 - c.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-    return c.learning_rate * ratio
+    height = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))  # from 1 to 0
+    if c.schedule == "wsd":
+        height = min(1.0, (c.max_steps - step) / (0.3 * c.max_steps))
+    return c.learning_rate * (c.min_lr_ratio + (1 - c.min_lr_ratio) * height)
 
 
 # ---- training --------------------------------------------------------------------------------------
