@@ -53,7 +53,7 @@ class TrainConfig:
     grad_accum: int = 1  # forwards in a step; their gradients are averaged
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, with adamw for the rest
     learning_rate: float = 1e-3  # peak learning rate
-    schedule: Literal["cosine", "constant", "wsd"] = "cosine"  # rate after warm-up; wsd: falls at the end only
+    schedule: Literal["cosine", "constant", "wsd"] = "cosine"  # rate after warm-up; wsd: see learning_rate_at
     warmup_steps: int = 100  # steps in which the learning rate climbs to its peak; fewer in a short run
     min_lr_ratio: float = 0.1  # last learning rate of cosine and wsd, as a fraction of the peak
     weight_decay: float = 0.1  # on matrices only

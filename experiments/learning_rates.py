@@ -44,7 +44,7 @@ def final_loss(job, model):
     device = model.embed.weight.device
     *_, meta, _, val_set = train.open_data(job.config, job.c, device)
     c = dataclasses.replace(job.c, eval_windows=WINDOWS)
-    precision = autocast(choose_precision(c.dtype, device)[0], device)
+    precision = autocast(choose_precision(c.dtype, device), device)
     return {"val_loss": train.evaluate(model, model, val_set, meta["val"], c, precision)["val_loss"]}
 
 

@@ -17,9 +17,8 @@ import train
 from data import prepare
 from data.tokenizers import bytes_of, get_tokenizer
 from experiments import runner
-from gated_gpt import GPT, measure, uniform_share
+from gated_gpt import GPT, attention_maps, measure, uniform_share
 from plumbing.flags import run_main
-from plumbing.report import attention_maps
 
 STEPS = [0, *range(100, 3001, 100)]  # of the frames
 LOOK = 28  # tokens in a map

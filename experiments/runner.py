@@ -119,7 +119,7 @@ def trained(job, say):
     if last.exists():
         model, saved = checkpoint.load(last)
         if saved["step"] == job.c.max_steps:  # killed after the last step, before done.json was written
-            return model.to(choose_device(job.c.device)[0]), saved["log"]
+            return model.to(choose_device(job.c.device)), saved["log"]
     resume = last.exists()  # overwrite: a best.pt without a last.pt is from a run killed in its first save
     c = dataclasses.replace(job.c, out=str(job.folder), resume=resume, overwrite=not resume)
     return train.train(job.config, c, say)
@@ -290,10 +290,11 @@ def markdown(title, head, note, rows, columns):
 
 def head(script, argv, c, at_once, **more):
     """What made a table: {"command": ..., "machine": ...} and more."""
-    device, why = choose_device(c.device)
+    device = choose_device(c.device)
+    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else device
     threads = c.threads or threads_each(at_once)
     return {"command": f"`python experiments/{script} {shlex.join(argv)}`",
-            "machine": f"{why if device.type == 'cuda' else device} ({platform.machine()}), runs at a time: "
+            "machine": f"{chip} ({platform.machine()}), runs at a time: "
                        f"{at_once}, threads each: {threads}, torch {torch.__version__}", **more}
 
 
