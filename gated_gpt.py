@@ -50,7 +50,7 @@ class GPTConfig:
     mlp_hidden: int | None = None  # width inside the SwiGLU; default: 8/3 n_embd, rounded to a multiple of 16
     rope_base: float = 10000.0  # base of the rotary embedding's wavelengths
     rope_scaling: Literal["none", "linear", "yarn"] = "none"  # for windows longer than the trained one
-    rope_factor: float = 1.0  # how many times longer
+    rope_factor: float | None = None  # how many times longer; default: block_size / rope_trained
     rope_trained: int | None = None  # the trained window; default: block_size / rope_factor
     attention: Literal["softmax", "softmax1", "learned", "softpick"] = "softmax"  # see OtherSDPA
     qk_norm: bool = True  # RMSNorm on each head's queries and keys, before RoPE
@@ -78,14 +78,19 @@ class GPTConfig:
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         self.mlp_hidden = self.mlp_hidden or max(16, 16 * round(self.n_embd * 8 / 3 / 16))
         headwise, normed = self.gate_kind == "headwise", self.qk_norm and self.gate in ("g3", "g4")
-        longer, scaled = self.rope_factor > 1, self.rope_scaling != "none"
+        scaled, longer = self.rope_scaling != "none", bool(self.rope_trained or (self.rope_factor or 1) > 1)
+        if scaled and longer:
+            self.rope_trained = self.rope_trained or round(self.block_size / self.rope_factor)
+            self.rope_factor = self.rope_factor or self.block_size / self.rope_trained
         for wrong, why in (
             (uneven, f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}: set head_dim"),
             (self.head_dim % 2, f"head_dim={self.head_dim}, n_embd / n_head, is odd, but RoPE needs pairs"),
             (self.n_head % self.n_kv_head,
              f"n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}"),
-            (longer != scaled and self.rope_trained is None,
-             f"rope_scaling={self.rope_scaling}, rope_factor={self.rope_factor:g}: set both"),
+            (scaled != longer, f"rope_scaling={self.rope_scaling}, rope_factor={self.rope_factor}, "
+             f"rope_trained={self.rope_trained}: set the first and one of the others, or none"),
+            (scaled and longer and self.rope_factor < 1, f"rope_trained={self.rope_trained} is more than "
+             f"block_size={self.block_size}: rope_scaling is for longer windows than trained"),
             (headwise and normed and self.gate_op == "multiply", f"gate_kind=headwise with gate={self.gate}: "
              "QK-norm cancels one score per head; use elementwise, or --no-qk_norm"),
             ((self.gate == "g5") + headwise + self.gate_shared > 1, "gate=g5 (whose output has no heads), "
@@ -109,8 +114,7 @@ class Gate(nn.Module):
     ACTIVATIONS = {
         "sigmoid": torch.sigmoid,  # 0..1: can close
         "ns_sigmoid": lambda z: 0.5 + 0.5 * torch.sigmoid(z),  # "non-sparse", 0.5..1: cannot close (Table 4)
-        "silu": F.silu,
-        "identity": lambda z: z,
+        "silu": F.silu, "identity": lambda z: z,  # of gates that add
     }
 
     def __init__(self, config, y_shape):
@@ -176,14 +180,13 @@ class Attention(nn.Module):
 class SDPA(nn.Module):
     """softmax(q k^T / sqrt(hs)) v, causal. It is a module, so that a hook can read its inputs."""
 
-    def forward(self, q, k, v, mask=None):
-        """q (B, T, nh, hs); k and v (B, S, nkv, hs), with S = T unless a mask (T, S) says who sees whom."""
+    def forward(self, q, k, v, mask=None):  # q (B, T, nh, hs), k and v (B, S, nkv, hs), mask (T, S): who sees
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # the kernel wants heads first
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         return y.transpose(1, 2)  # (B, nh, T, hs) -> (B, T, nh, hs)
 
 
-# ---- measuring, from outside: hooks that are removed again -----------------------------------------
+# ---- measuring, from outside -----------------------------------------------------------------------
 
 
 @contextmanager
@@ -274,13 +277,12 @@ def rope_table(config):
     rope_scaling is for windows s = rope_factor times longer than trained. linear: all pairs of channels turn
     s times slower (arXiv 2306.15595). yarn: slow pairs do, and q and k become longer (arXiv 2309.00071).
     """
-    hs, s, base = config.head_dim, config.rope_factor, config.rope_base
+    hs, s, base, trained = config.head_dim, config.rope_factor, config.rope_base, config.rope_trained
     frequency = base ** (-torch.arange(0, hs, 2) / hs)  # (hs/2,): radians from one position to the next
     if config.rope_scaling == "linear":
         frequency = frequency / s
     length = 1.0  # of q and of k
     if config.rope_scaling == "yarn":
-        trained = config.rope_trained or config.block_size / s
         # A straight line over the pairs, from the last that turns 32 times in the trained window (its speed
         # stays) to the first that turns once (s times slower). The numbers are those of YaRN's own code.
         last, first = (hs / 2 * math.log(trained / (2 * math.pi * turns), base) for turns in (32, 1))
@@ -421,7 +423,7 @@ class GPT(nn.Module):
         super().__init__()
         if config.vocab_size is None:
             raise ValueError("vocab_size=None: say how many tokens there are (train.py asks the data)")
-        self.config = config
+        self.config = self.trained = config  # set_window changes the first
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
@@ -455,10 +457,10 @@ class GPT(nn.Module):
 
     def set_window(self, block_size, rope_scaling="none"):
         """Change the window of a trained model. rope_scaling is for a longer one; none: RoPE as trained."""
-        trained = self.config.rope_trained or round(self.config.block_size / self.config.rope_factor)
-        factor = 1.0 if rope_scaling == "none" else max(1.0, block_size / trained)
-        self.config = replace(self.config, block_size=block_size, rope_scaling=rope_scaling,
-                              rope_factor=factor, rope_trained=trained)
+        c = self.config = replace(self.trained, block_size=block_size)
+        trained = self.trained.rope_trained or self.trained.block_size
+        if rope_scaling != "none" and block_size > trained:
+            self.config = replace(c, rope_scaling=rope_scaling, rope_factor=None, rope_trained=trained)
         self.cos, self.sin = (table.to(self.cos.device) for table in rope_table(self.config))
 
     def forward(self, idx, targets=None, cache=None):

@@ -18,7 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for python -P, which leaves it out
 from data.prepare import read_text
-from data.tokenizers import TextOut, bos_id, bytes_of, end_ids, get_tokenizer
+from data.tokenizers import TextOut, bos_id, bytes_of, check_tokenizer, end_ids, get_tokenizer
 from gated_gpt import measure
 from plumbing.checkpoint import newest_run, open_model
 from plumbing.flags import parser_of, run_main, utf8
@@ -43,7 +43,7 @@ def parse_flags(argv=None):
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
                         help="of the weights; auto: as stored, if the hardware can multiply it [%(default)s]")
     parser.add_argument("--block_size", type=int, help="tokens in a window, for longer ones than trained")
-    parser.add_argument("--rope_scaling", choices=("none", "linear", "yarn"), help="for such windows")
+    parser.add_argument("--rope_scaling", choices=("linear", "yarn"), help="for these [RoPE as trained]")
     parser.add_argument("--attn_share", action="store_true", help="measure first-token share on this text")
     parser.add_argument("--text", metavar="FILE", help="with --attn_share: measure it on this text instead")
     parser.add_argument("--attn_map", metavar="FILE.png", help="draw the attention on this text")
@@ -54,6 +54,8 @@ def parse_flags(argv=None):
             raise ValueError(f"{name}={value} must be at least {least}, and below 2^31")
     if flags.text and (flags.prompt or not flags.attn_share):
         raise ValueError("--text is what --attn_share measures: give both, and no --prompt")
+    if flags.rope_scaling and not flags.block_size:
+        raise ValueError("--rope_scaling is for a longer window than trained: give --block_size, too")
     return flags
 
 
@@ -61,12 +63,12 @@ def main(argv=None):
     flags = parse_flags(argv)
     device = choose_device(flags.device)
     # A released model was trained without a BOS: its text starts with the prompt.
-    model, tokenizer_name, title, released = open_model(flags.ckpt or newest_run())
-    name = flags.tokenizer or tokenizer_name
-    print(title)
-    if flags.block_size or flags.rope_scaling:
-        model.set_window(flags.block_size or model.config.block_size,
-                         flags.rope_scaling or model.config.rope_scaling)
+    found = open_model(flags.ckpt or newest_run())
+    model, name, released = found.model, flags.tokenizer or found.tokenizer, found.data is None
+    check_tokenizer(name, found.sha256)
+    print(found.title)
+    if flags.block_size:
+        model.set_window(flags.block_size, flags.rope_scaling or "none")
     tokenizer, bos, T = get_tokenizer(name), bos_id(name), model.config.block_size
     if tokenizer.n_vocab > model.config.vocab_size:
         raise ValueError(f"the tokenizer {name} has {tokenizer.n_vocab} tokens, but the model only "
@@ -77,7 +79,8 @@ def main(argv=None):
     model.to(device)
     print()
     if flags.text:
-        T = min(SHORT, T) if released else T  # others measured released models on 512 tokens
+        if released and not flags.block_size:
+            T = min(SHORT, T)  # others measured released models on 512 tokens
         window = text_blocks(read_text(flags.text), tokenizer, None if released else bos, T).to(device)
     else:
         prompt = read_text("-") if flags.prompt == "-" else flags.prompt
@@ -106,10 +109,12 @@ def main(argv=None):
 def write(model, idx, prompt, tokenizer, ends, flags):
     """Print the prompt, and what follows on idx (1, t); return the text's last window, (1, T) or less."""
     generator, T = torch.Generator(idx.device).manual_seed(flags.seed), model.config.block_size
-    text = TextOut(tokenizer)
+    text, start = TextOut(tokenizer), idx.size(1)
     print(prompt, end="", flush=True)
     for new in model.stream(idx, flags.tokens, flags.temperature, flags.top_k, generator):  # new: (1,)
         if new.item() in ends:
+            if idx.size(1) == start:
+                print("the first new token ends the text: --no-stop goes on", file=sys.stderr)
             break
         print(text.add(new.item()), end="", flush=True)  # shown as it is made
         idx = torch.cat((idx, new[None]), dim=1)

@@ -1,10 +1,9 @@
 """
 Train a gated GPT:
 
-    python train.py                            a text model, in minutes
-    python train.py --preset=sink --gate=none  an attention sink, in a minute
-    python train.py --preset=sink --gate=g1    the same, gated: no sink
-    python train.py --resume --max_steps=2000  go on with the newest run
+    python train.py --gate=none                a text model with an attention sink
+    python train.py                            the same, gated: no sink
+    python train.py --resume --max_steps=6000  go on with the newest run
     torchrun --standalone --nproc_per_node=2 train.py    train on two GPUs
 
 A flag is a field of GPTConfig (gated_gpt.py) or of TrainConfig (here).
@@ -16,7 +15,6 @@ Reading order: TrainConfig -> PRESETS -> Windows -> make_optimizers -> train_ste
 """
 import dataclasses
 import math
-import shlex
 import sys
 import time
 from dataclasses import dataclass
@@ -33,8 +31,8 @@ from data import prepare
 from data.tokenizers import TextOut, get_tokenizer, same_tokenizer
 from gated_gpt import GPT, GPTConfig, check_fields, measure, uniform_share
 from plumbing import checkpoint, machine
-from plumbing.flags import add_flags, parser_of, run_main
-from plumbing.report import columns_of, describe, heading, layer_table, line, variant, write_log
+from plumbing.flags import add_flags, command, parser_of, refuse_idle, run_main
+from plumbing.report import columns_of, describe, ending, heading, line, variant
 
 
 @dataclass
@@ -74,8 +72,7 @@ class TrainConfig:
     def __post_init__(self):
         check_fields(self, seed=0, warmup_steps=0)
         if self.resume and (self.overwrite or not self.out):
-            raise ValueError(f"resume with out={self.out}, overwrite={self.overwrite}: out names the run to "
-                             "go on with, and overwrite would replace it")
+            raise ValueError(f"resume with out={self.out}, overwrite={self.overwrite}: name it, and keep it")
 
     @property
     def windows_per_step(self):
@@ -152,6 +149,8 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             stacks = {}  # matrices of one shape go through the iteration together
             for p in group["params"]:
+                if p.grad is None:  # not used in this step
+                    continue
                 mean = self.state[p].setdefault("momentum", torch.zeros_like(p))
                 mean.lerp_(p.grad, 1 - group["momentum"])
                 update = p.grad.lerp(mean, group["momentum"])  # Nesterov: look one step ahead
@@ -246,16 +245,14 @@ def train_step(model, optimizers, batches, learning_rate, c, precision):
 def train(config, c, say=tqdm.write):
     """Train as the two configs say. Returns (model, log); the log has a dict for each evaluation.
 
-    Raises ValueError for settings that do not fit together, FloatingPointError when a loss is not finite, and
-    KeyboardInterrupt after Ctrl-C, when all is saved. Under torchrun, each process trains on its part of a
-    step's windows.
+    ValueError for settings that do not fit together, FloatingPointError when a loss is not finite, and
+    KeyboardInterrupt after Ctrl-C, when all is saved. Of torchrun's processes, each takes its part of a step.
     """
     # The machine
-    bar_shown = None if say is tqdm.write else True  # of tqdm's `disable`; None: a bar if this is a terminal
-    say = say if machine.is_first() else machine.silent
-    c = dataclasses.replace(c, threads=machine.choose_threads(c.threads, say))  # kept with the run, whose
-    torch.set_num_threads(c.threads)  # last digits depend on the number of threads
+    show_bar, say = say is tqdm.write, say if machine.is_first() else machine.silent
     device = machine.choose_device(c.device, say)
+    c = dataclasses.replace(c, threads=machine.choose_threads(c.threads, say))  # the last digits depend on it
+    torch.set_num_threads(c.threads)
     precision = machine.autocast(machine.choose_precision(c.dtype, device, say), device)
 
     with machine.processes(device) as (rank, ranks):
@@ -266,18 +263,19 @@ def train(config, c, say=tqdm.write):
         else:
             model, optimizers, state = start(config, c, meta, device)
             if rank == 0:
-                out = checkpoint.new_folder(c.out, f"{c.data}-{variant(config)}", c.overwrite)
+                out = checkpoint.new_folder(c.out, f"{Path(c.data).name}-{variant(config)}", c.overwrite)
                 c = dataclasses.replace(c, out=str(out))
         # One model under three names: `model` is measured and saved, `fast` evaluates, `parallel` trains.
         fast = machine.try_compile(model, train_set.of_step(0, c, rank, ranks)[0], precision, c.compile, say)
         parallel = DistributedDataParallel(fast) if ranks > 1 else fast
-        describe(say, model, c, meta, state["origin"], ranks)
+        describe(say, model, c, meta, state["origin"], ranks, train_set)
         columns = columns_of(c.attn_share)
         say(heading(columns))
 
         # The loop. Losses stay on the device: to read one, the CPU would have to wait for it.
         losses, began = [], time.perf_counter()
-        bar = tqdm(total=c.max_steps, initial=state["step"], unit="step", leave=False, disable=bar_shown)
+        bar = tqdm(total=c.max_steps, initial=state["step"], unit="step", leave=False,
+                   disable=None if show_bar else True)  # None: a bar if this is a terminal
         with bar, machine.ctrl_c() as stop:  # stop: a list, empty until somebody presses Ctrl-C
             while state["step"] < c.max_steps:
                 model.train()
@@ -303,14 +301,15 @@ def train(config, c, say=tqdm.write):
                 state["seconds"] = row["seconds"]
                 state["log"].append(row)
                 if rank == 0:
-                    save(model, optimizers, state, c, meta)
+                    checkpoint.save_run(model, optimizers, state, c, meta)
                 say(line(row, columns))
                 losses, began = [], time.perf_counter()
                 if stop:
                     break
     if state["step"] < c.max_steps:
-        raise KeyboardInterrupt(f"stopped at step {state['step']} and saved; to go on: python train.py "
-                                f"--resume --out={shlex.quote(c.out)}")
+        raise KeyboardInterrupt(f"stopped at step {state['step']} and saved; to go on: "
+                                + command("train.py", "--resume", f"--out={c.out}"))
+    say(f"\ntexts of its best step: {command('sample.py', f'--ckpt={c.out}')}")
     return model, state["log"]
 
 
@@ -334,13 +333,14 @@ def start(config, c, meta, device):
     model = GPT(config)
     origin = ""
     if c.init_from:
-        other, tokenizer, *_ = checkpoint.open_model(c.init_from)
-        if not same_tokenizer(tokenizer, meta["tokenizer"]):
-            raise ValueError(f"{c.init_from} reads tokens of {tokenizer}, but {c.data} has those of "
-                             f"{meta['tokenizer']}: prepare the data with --tokenizer={tokenizer}")
-        origin = f"with the weights of {c.init_from}{checkpoint.take_weights(model, other)}"
-    if c.train_only == "gate" and config.gate == "none":
-        raise ValueError("train_only=gate, but the model has none: choose a --gate")
+        other = checkpoint.open_model(c.init_from)
+        if not same_tokenizer(other.tokenizer, meta["tokenizer"]):
+            raise ValueError(f"{c.init_from} reads tokens of {other.tokenizer}, but {c.data} has those of "
+                             f"{meta['tokenizer']}: prepare the data with --tokenizer={other.tokenizer}")
+        origin = f"with the weights of {c.init_from}{checkpoint.take_weights(model, other.model)}"
+    if c.train_only == "gate" and (config.gate == "none" or not c.init_from):
+        raise ValueError(f"train_only=gate with gate={config.gate}, init_from={c.init_from}: choose a gate, "
+                         "and a trained model for the weights that stay as they are")
     model.to(device)
     return model, make_optimizers(model, c), {"step": 0, "seconds": 0.0, "log": [], "origin": origin}
 
@@ -359,18 +359,6 @@ def resume(config, c, meta, device):
     for optimizer, content in zip(optimizers, saved["optimizers"], strict=True):
         optimizer.load_state_dict(content)
     return model, optimizers, {"origin": "resumed", **{k: saved[k] for k in ("step", "seconds", "log")}}
-
-
-def save(model, optimizers, state, c, meta):
-    """Write last.pt, log.csv, and best.pt if the validation loss is the lowest so far."""
-    content = {"config": dataclasses.asdict(model.config), "model": model.state_dict(),
-               "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-               "train_config": dataclasses.asdict(c), "tokenizer": meta["tokenizer"],
-               "data": meta["train"]["sha256"], **state}
-    if state["log"][-1]["val_loss"] == min(row["val_loss"] for row in state["log"]):
-        checkpoint.save(Path(c.out, "best.pt"), content)
-    checkpoint.save(Path(c.out, "last.pt"), content)
-    write_log(Path(c.out, "log.csv"), state["log"])
 
 
 # ---- evaluation ------------------------------------------------------------------------------------
@@ -401,8 +389,8 @@ def evaluate(model, fast, val_set, val_meta, c, precision):
 # ---- the command line ------------------------------------------------------------------------------
 
 # What may change when a run is resumed. All else stays as it was.
-MAY_CHANGE = {"resume", "out", "max_steps", "eval_every", "eval_windows", "attn_share", "device", "dtype",
-              "compile", "threads"}
+MAY_CHANGE = {"resume", "out", "max_steps", "eval_every", "attn_share", "device", "dtype", "compile",
+              "threads"}
 
 
 def parse_flags(argv=None):
@@ -433,11 +421,14 @@ def configs_from(flags):
     if machine.is_first():
         print(f"preset   {preset} ({'as asked' if 'preset' in flags else f'on {device.type}'})")
     values = PRESETS[preset]
-    if "init_from" in flags:  # the weights decide the shape, all but these two
-        there = dataclasses.asdict(checkpoint.open_model(flags["init_from"])[0].config)
+    if "init_from" in flags:  # the weights decide the shape, all but these two, and the data
+        other = checkpoint.open_model(flags["init_from"])
+        if not (other.data or "data" in flags):
+            raise ValueError(f"{flags['init_from']} is a released model: name the --data to train on")
         free = {name: values[name] for name in ("block_size", "dropout") if name in values}
-        values = values | there | free
+        values = values | dataclasses.asdict(other.model.config) | free | {"data": other.data}
     config, c = make_configs(values | flags)
+    refuse_idle(flags, config, c)
     if flags.get("warmup_steps", 0) >= c.max_steps:
         raise ValueError(f"warmup_steps={c.warmup_steps} must be below max_steps={c.max_steps}: try a tenth")
     c.warmup_steps = flags.get("warmup_steps", min(c.warmup_steps, c.max_steps // 2))  # a preset may not fit
@@ -447,26 +438,20 @@ def configs_from(flags):
 def main(argv=None):
     config, c = configs_from(parse_flags(argv))
     model, log = train(config, c)
-    if not machine.is_first():
+    if not machine.is_first():  # of several processes
         return
-    best = min(log, key=lambda row: row["val_loss"])
-    print(f"\nbest val loss {best['val_loss']:.4f} nats per token = {best['bits_per_byte']:.4f} bits per "
-          f"byte, step {best['step']:,}; {log[-1]['seconds']:.0f} s")
-    if c.attn_share:
-        print("\n" + layer_table(log[-1]["layers"], config.block_size))
-    where = f" --ckpt={shlex.quote(c.out)}" if c.out else ""  # without --out, sample.py finds the newest run
-    print(f"\na sample of the last step (of the best: python sample.py{where}):\n{sampled(model, c)}")
+    print(ending(log, config.block_size))
+    print(f"\na text of the last step:\n{sampled(model, c)}")
 
 
 def sampled(model, c):
     """A text of 120 tokens from a model, or fewer if it ends: BOS would start the next one."""
-    meta, _ = prepare.load(c.data)
+    meta, device = prepare.load(c.data)[0], model.embed.weight.device
+    bos, generator = torch.tensor([[meta["bos"]]], device=device), torch.Generator(device).manual_seed(c.seed)
     try:
         text = TextOut(get_tokenizer(meta["tokenizer"]))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError) as error:  # GPT-2's, offline
         return f"none: {error}"
-    device = model.embed.weight.device
-    bos, generator = torch.tensor([[meta["bos"]]], device=device), torch.Generator(device).manual_seed(c.seed)
     return text.rest(model.stream(bos, 120, 0.8, generator=generator), ends={meta["bos"]})
 
 

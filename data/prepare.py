@@ -25,6 +25,7 @@ import string
 import sys
 import sysconfig
 import tempfile
+import unicodedata
 import urllib.request
 from pathlib import Path
 
@@ -33,13 +34,14 @@ from tqdm import tqdm
 
 if not __package__:  # run as a script, Python looks for modules in this folder: let it look in the project's
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-from data.tokenizers import BOS, bos_id, get_tokenizer, token_bytes  # noqa: E402
+from data.tokenizers import BOS, bos_id, check_tokenizer, get_tokenizer, sha256_of, token_bytes  # noqa: E402
 from plumbing.files import found_again, whole_file  # noqa: E402
-from plumbing.flags import parser_of, run_main  # noqa: E402
+from plumbing.flags import command, parser_of, run_main  # noqa: E402
 
 DATA = Path(os.environ.get("GATED_GPT_DATA") or Path(__file__).resolve().parent).expanduser()
 VAL_SHARE = 0.05  # of the text
 MANY_FILES = 20  # from here on, val is made of whole files
+MARKUP = ".jsonl .json .csv .tsv .html .htm .xml .svg .rtf .ipynb .tex".split()
 STDIN = Path("-")
 
 
@@ -54,17 +56,17 @@ def write_set(name, tokenizer, source, chunks):
     """
     out, bos = DATA / name, bos_id(tokenizer)
     vocab_size = bos + 1 if tokenizer in BOS else get_tokenizer(tokenizer).n_vocab
-    meta = {"tokenizer": tokenizer, "bos": bos, "vocab_size": vocab_size,
-            "dtype": np.min_scalar_type(vocab_size - 1).name, "source": source}
+    meta = {"tokenizer": tokenizer, "tokenizer_sha256": sha256_of(tokenizer), "bos": bos,
+            "vocab_size": vocab_size, "dtype": np.min_scalar_type(vocab_size - 1).name, "source": source}
     try:
         DATA.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=DATA) as new:
             for split, arrays in chunks.items():
                 meta[split] = write_bin(Path(new, f"{split}.bin"), arrays, tokenizer, meta["dtype"])
             text, old = json.dumps(meta, indent=1) + "\n", out / "meta.json"
-            Path(new, "meta.json").write_text(text)
+            Path(new, "meta.json").write_text(text, encoding="utf-8")
             out.mkdir(exist_ok=True)
-            if old.exists() and old.read_text() != text:  # from here to the end there is no set
+            if old.exists() and old.read_bytes() != text.encode():  # from here to the end there is no set
                 old.unlink(missing_ok=True)
             for file in ("train.bin", "val.bin", "meta.json"):
                 os.replace(Path(new, file), out / file)
@@ -103,25 +105,27 @@ def load(name):
     ValueError if its files are not whole; both name the command that makes it.
     """
     folder = DATA / name
-    command = f"python data/prepare.py {name if name in SETS else f'FILES --name={name} --overwrite'}"
+    words = [name] if name in SETS else ["FILES", f"--name={name}", "--overwrite"]
+    make = command("data/prepare.py", *words)
     if name in OFFLINE and not (folder / "meta.json").exists():
         print(f"preparing {folder}, once")
         SETS[name]()
     if not (folder / "meta.json").exists():
         there = ", ".join(sorted(path.parent.name for path in DATA.glob("*/meta.json"))) or "none"
         raise FileNotFoundError(f"there is no data set {name} in {DATA} (sets there: {there}): make it with "
-                                f"`{command}`")
+                                f"`{make}`")
     tokens = {}
     try:
         meta = json.loads((folder / "meta.json").read_bytes())
         meta["tokenizer"] = found_again(meta["tokenizer"], folder)
+        check_tokenizer(meta["tokenizer"], meta.get("tokenizer_sha256"))
         for split in ("train", "val"):
             tokens[split] = np.memmap(folder / f"{split}.bin", meta["dtype"], mode="r")
             if len(tokens[split]) != meta[split]["tokens"]:
                 raise ValueError(f"{split}.bin has {len(tokens[split]):,} tokens, not "
                                  f"{meta[split]['tokens']:,}")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"the data set {folder} is not whole ({error}): make it again with `{command}`"
+        raise ValueError(f"the data set {folder} is not whole ({error}): make it again with `{make}`"
                          ) from None
     return meta, tokens
 
@@ -180,7 +184,10 @@ def read_texts(paths, suffix="", skip=()):
 def by_hash(texts):
     """Paths of {path: text} in the order of a hash of their names, the same wherever the files are."""
     base = os.path.commonpath([path.parent for path in texts])
-    return sorted(texts, key=lambda path: hashlib.md5(path.relative_to(base).as_posix().encode(),
+    def name(path):  # NFC: a Mac writes an umlaut as two characters
+        return unicodedata.normalize("NFC", path.relative_to(base).as_posix()).encode()
+
+    return sorted(texts, key=lambda path: hashlib.md5(name(path),
                                                       usedforsecurity=False).digest())
 
 
@@ -367,10 +374,14 @@ def prepare_files(paths, name=None, tokenizer="bpe2k", overwrite=False):
         raise ValueError(f"--name={name} must be letters, digits and . _ - only, and not {', '.join(SETS)}")
     if (DATA / name).exists() and not overwrite:
         raise ValueError(f"{DATA / name} is there already: --overwrite replaces it, or choose another --name")
-    texts = read_texts(paths)
+    found = read_texts(paths)
+    once = {text: path for path, text in reversed(found.items())}  # else a text may be in train and in val
+    texts = {path: text for path, text in found.items() if once[text] == path}
+    if copies := len(found) - len(texts):
+        print(f"left out, since each text counts once: {copies:,} of {len(found):,} texts", file=sys.stderr)
     if (size := sum(map(len, texts.values()))) < 2000:
         raise ValueError(f"{paths[0].name} and so on have {size:,} characters of text: give at least 2,000")
-    if marked := [path.name for path in texts if path.suffix in (".jsonl", ".json", ".csv", ".html", ".xml")]:
+    if marked := [path.name for path in texts if path.suffix.lower() in MARKUP]:
         print(f"{marked[0]} is learned as it is, with all its markup", file=sys.stderr)
     if tokenizer not in BOS and Path(tokenizer).expanduser().is_dir():
         tokenizer = str(Path(tokenizer).expanduser().resolve())

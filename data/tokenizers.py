@@ -1,6 +1,7 @@
 """From text to tokens and back: three tiktoken encodings, and the tokenizers of released models."""
 import base64
 import codecs
+import hashlib
 import json
 from functools import cache
 from itertools import takewhile
@@ -25,7 +26,7 @@ def get_tokenizer(name):
     if name == "bytes":
         return encoding_of(name, r"(?s:.)", {bytes([b]): b for b in range(256)})
     if name == "bpe2k":
-        lines = Path(__file__).with_name("bpe2k.tiktoken").read_text().splitlines()
+        lines = Path(__file__).with_name("bpe2k.tiktoken").read_text(encoding="utf-8").splitlines()
         return encoding_of(name, SPLIT_PATTERN, {base64.b64decode(token): int(rank)
                                                  for token, rank in map(str.split, lines)})
     if name == "gpt2":
@@ -45,6 +46,18 @@ def same_tokenizer(name, other):
     if name == other or BOS.keys() & {name, other}:
         return name == other
     return get_tokenizer(name).tokenizer.to_str() == get_tokenizer(other).tokenizer.to_str()
+
+
+def sha256_of(name):
+    """The sha256 of the tokenizer.json of a folder; None for the tokenizers that are known by name."""
+    return None if name in BOS else hashlib.sha256(Path(name, "tokenizer.json").read_bytes()).hexdigest()
+
+
+def check_tokenizer(name, sha256):
+    """ValueError if the tokenizer in a folder is not the one of before: the same ids would be other texts."""
+    if sha256 and name not in BOS and Path(name).is_dir() and sha256_of(name) != sha256:
+        raise ValueError(f"{name} holds another tokenizer than it did: put the old tokenizer.json back, or "
+                         "prepare the data and train anew")
 
 
 def encoding_of(name, pattern, ranks):

@@ -1,15 +1,18 @@
 """Checkpoints: writing, reading and finding them. Code that somebody has put into one is never run."""
+import dataclasses
 import pickle
 import re
 import zipfile
 from itertools import count
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from gated_gpt import GPT, GPTConfig
 from plumbing.files import found_again, whole_file
-from plumbing.report import variant
+from plumbing.flags import command
+from plumbing.report import variant, write_log
 
 FORMAT = "gated_gpt 2"
 FILES = "last.pt", "best.pt", "log.csv"  # what a run leaves in its folder
@@ -22,13 +25,25 @@ def save(path, content):
         torch.save({"format": FORMAT} | content | {"model": weights}, file)
 
 
+def save_run(model, optimizers, state, c, meta):
+    """Write last.pt and log.csv to c.out; and best.pt, if the validation loss is the lowest so far."""
+    content = {"config": dataclasses.asdict(model.config), "model": model.state_dict(),
+               "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+               "train_config": dataclasses.asdict(c), "tokenizer": meta["tokenizer"],
+               "tokenizer_sha256": meta.get("tokenizer_sha256"), "data": meta["train"]["sha256"], **state}
+    if state["log"][-1]["val_loss"] == min(row["val_loss"] for row in state["log"]):
+        save(Path(c.out, "best.pt"), content)
+    save(Path(c.out, "last.pt"), content)
+    write_log(Path(c.out, "log.csv"), state["log"])
+
+
 def load(path):
     """(model, content) of a checkpoint, on the CPU.
 
     Raises ValueError if it is missing, damaged (the checksums of its zip archive tell) or something else.
     """
     if not Path(path).is_file():
-        raise ValueError(f"there is no checkpoint {path}: python train.py makes one from scratch, "
+        raise ValueError(f"there is no checkpoint {path}: `{command('train.py')}` makes one from scratch, "
                          "--resume goes on with one")
     try:
         with open(path, "rb") as file:
@@ -74,24 +89,32 @@ def newest_run(root="out"):
     """Folder of the run in `root` whose checkpoint was written last. ValueError if there is none."""
     files = [*Path(root).glob("*/last.pt"), *Path(root).glob("*/best.pt")]
     if not files:
-        raise ValueError(f"there is no run with a checkpoint in {root}/: python train.py makes one")
+        raise ValueError(f"there is no run with a checkpoint in {root}/: `{command('train.py')}` makes one")
     return max(files, key=lambda file: file.stat().st_mtime).parent
 
 
+class Opened(NamedTuple):
+    """A model that was found, on the CPU."""
+    model: GPT
+    tokenizer: str  # its name, or its folder
+    sha256: str | None  # of that folder's tokenizer.json, when the run was trained
+    data: str | None  # the set that it was trained on; None: a released model
+    title: str
+
+
 def open_model(path):
-    """(model, name of its tokenizer, a title, whether it is a released model) from a checkpoint, or from the
-    folder of a run or a released model, on the CPU.
-    """
+    """The model in a checkpoint, or in the folder of a run or of a released model, as an Opened."""
     path = Path(path)
     if (path / "config.json").exists():
         from plumbing.released import load_released  # here, because only released models need safetensors
         model = load_released(path)
-        return model, str(path.resolve()), f"{path}: gate {variant(model.config)}, a released model", True
+        title = f"{path}: gate {variant(model.config)}, a released model"
+        return Opened(model, str(path.resolve()), None, None, title)
     path = path / "best.pt" if path.is_dir() else path
     model, saved = load(path)
-    gate, step, data = variant(model.config), saved["step"], saved["train_config"]["data"]
-    return (model, found_again(saved["tokenizer"], path.parent),
-            f"{path}: gate {gate}, step {step}, data {data}", False)
+    data, tokenizer = saved["train_config"]["data"], found_again(saved["tokenizer"], path.parent)
+    title = f"{path}: gate {variant(model.config)}, step {saved['step']}, data {data}"
+    return Opened(model, tokenizer, saved.get("tokenizer_sha256"), data, title)
 
 
 def take_weights(model, other):

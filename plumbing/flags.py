@@ -5,7 +5,9 @@ import difflib
 import inspect
 import os
 import re
+import shlex
 import signal
+import subprocess
 import sys
 import textwrap
 from os.path import expanduser
@@ -90,6 +92,31 @@ def parser_of(doc, name, usage, presets=None):
         parser.add_argument("--preset", choices=list(presets), default=argparse.SUPPRESS,
                             help="a table of values, see below [laptop; gpu where there is CUDA]")
     return parser
+
+
+IDLE = dict.fromkeys(("gate_kind", "gate_shared", "gate_act", "gate_op", "gate_input"), ("gate", "none")) | {
+    "n_expert_active": ("n_expert", 0), "min_lr_ratio": ("schedule", "constant"), "overwrite": ("out", None)}
+
+
+def refuse_idle(flags, *configs):
+    """ValueError for a flag that was given and does nothing, because of another field of the configs."""
+    values = {name: value for config in configs for name, value in vars(config).items()}
+    for flag, (other, off) in IDLE.items():
+        if flag in flags and values[other] == off:
+            raise ValueError(f"--{flag} does nothing with {other}={off}: leave it out, or change --{other}")
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def command(script, *words):
+    """How to run a script of ours from where the user stands, as this system's shell wants it quoted."""
+    try:
+        path = os.path.relpath(ROOT / script)
+    except ValueError:  # another drive of Windows
+        path = str(ROOT / script)
+    words = ["python", path, *map(str, words)]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 FULL_MEMORY = "out of memory|allocate memory|(multiplication|calculation) overflow"  # in torch's words

@@ -53,7 +53,12 @@ def heading(columns):
 
 def line(row, columns):
     """A row of the log, for the terminal."""
-    return "".join(f"{row[name]:{COLUMNS[name][1]}}" for name in columns).replace("nan", "  -")
+    return "".join(cell(row[name], COLUMNS[name][1]) for name in columns)
+
+
+def cell(number, form):
+    """A number in a format such as 8.3f; nan is a dash of the same width."""
+    return f"{number:{form}}" if number == number else f"{'-':>{form.split('.')[0].strip(',')}}"
 
 
 def write_log(path, log):
@@ -66,15 +71,26 @@ def write_log(path, log):
         file.write(text.getvalue().encode())
 
 
-def describe(say, model, c, meta, origin, ranks):
+def describe(say, model, c, meta, origin, ranks, train_set):
     """Say what a run will do."""
     windows, T = c.windows_per_step, model.config.block_size
     in_gates = sum(p.numel() for name, p in model.named_parameters() if ".gate." in name)
     say(f"model    gate {variant(model.config)}, {model.num_params():,} parameters, {in_gates:,} in gates")
     say(f"data     {c.data}, {meta['train']['tokens']:,} training tokens ({meta['tokenizer']})")
+    some = train_set.windows[:: max(1, len(train_set.windows) // 1000)]  # (about 1000, T)
+    if (within := (some == train_set.bos).sum(1).mean()) > 0.5:
+        say(f"         short texts: a window has {within:.1f} more BOS; share counts the first only")
     say(f"steps    {c.max_steps:,} of {windows * T:,} tokens ({windows} windows of {T}), {c.optimizer}"
         + f", {ranks} processes" * (ranks > 1))
     say(f"run      {c.out}{', ' * bool(origin)}{origin}\n")
+
+
+def ending(log, T):
+    """How a run ended: its best loss, and what was measured in its last step."""
+    best, layers = min(log, key=lambda row: row["val_loss"]), log[-1].get("layers")
+    return (f"\nbest val loss {best['val_loss']:.4f} nats per token = {best['bits_per_byte']:.4f} bits per "
+            f"byte, step {best['step']:,}; {log[-1]['seconds']:.0f} s"
+            + (f"\n\n{layer_table(layers, T)}" if layers else ""))
 
 
 # ---- what was measured -----------------------------------------------------------------------------
@@ -88,8 +104,8 @@ def layer_table(layers, T):
         heads = layer["first_token_share_by_head"]
         most = heads.index(max(heads))
         rows.append(f"{i:>5}{layer['first_token_share']:>8.3f}{heads[most]:>11.3f} in {most:<2}"
-                    f"{layer['late_first_token_share']:>10.3f}{layer['gate_score']:>8.3f}"
-                    f"{layer['max_activation']:>9.1f}".replace("nan", "  -"))
+                    f"{layer['late_first_token_share']:>10.3f}{cell(layer['gate_score'], '8.3f')}"
+                    f"{layer['max_activation']:>9.1f}")
     return "\n".join(rows)
 
 
@@ -102,7 +118,7 @@ def means_table(layers, name, N, T):
                            "released weights, by others: 512 of web text": RELEASED.get(name)}.items():
         if numbers:
             score, activation, share = numbers
-            rows.append(f"{title:<48}{share:>8.3f}{score:>8.3f}{activation:>9.1f}".replace("nan", "  -"))
+            rows.append(f"{title:<48}{share:>8.3f}{cell(score, '8.3f')}{cell(activation, '9.1f')}")
     return "\n".join(rows)
 
 
