@@ -18,7 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for python -P, which leaves it out
 from data.prepare import read_text
-from data.tokenizers import TextOut, bos_id, bytes_of, check_tokenizer, end_ids, get_tokenizer
+from data.tokenizers import TextOut, bos_id, bytes_of, check_tokenizer, end_ids, get_tokenizer, labels
 from gated_gpt import measure
 from plumbing.checkpoint import newest_run, open_model
 from plumbing.flags import parser_of, run_main, utf8
@@ -47,6 +47,8 @@ def parse_flags(argv=None):
     parser.add_argument("--attn_share", action="store_true", help="measure first-token share on this text")
     parser.add_argument("--text", metavar="FILE", help="with --attn_share: measure it on this text instead")
     parser.add_argument("--attn_map", metavar="FILE.png", help="draw the attention on this text")
+    parser.add_argument("--layer", type=int, help="with --attn_map: the heads of this layer [largest shares]")
+    parser.add_argument("--head", type=int, help="with --attn_map: this head [means over heads]")
     flags = parser.parse_args(argv)
     for name, least in (("tokens", 0), ("temperature", 0), ("top_k", 1), ("seed", 0)):
         value = getattr(flags, name)
@@ -101,8 +103,8 @@ def main(argv=None):
                   "without a sink. Compare with the floor, and with other models on the same text.")
     if flags.attn_map:
         shown = window[:1, :64]  # (1, t)
-        names = [repr(TextOut(tokenizer).add(token))[1:-1] for token in shown[0].tolist()]
-        draw_maps(model, shown, names, flags.attn_map)
+        names = labels(shown[0].tolist(), tokenizer, bos)
+        draw_maps(model, shown, names, flags.attn_map, flags.layer, flags.head)
         print(f"\n{flags.attn_map}: attention on the first {shown.size(1)} tokens")
 
 

@@ -148,6 +148,12 @@ def bytes_of(token, tokenizer):
         return b""
 
 
+def labels(tokens, tokenizer, bos=None):
+    """The tokens' texts for a picture: spaces and line ends are visible, and `bos` is called BOS."""
+    signs = str.maketrans({" ": "·", "\n": "↵", "\t": "→"})
+    return ["BOS" if token == bos else TextOut(tokenizer).rest([token]).translate(signs) for token in tokens]
+
+
 class TextOut:
     """From tokens to text, one by one: `add` returns the whole UTF-8 characters that have become known."""
 

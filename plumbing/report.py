@@ -2,6 +2,7 @@
 import csv
 import io
 import math
+import warnings
 
 from gated_gpt import attention_maps, uniform_share
 from plumbing.files import whole_file
@@ -122,28 +123,52 @@ def means_table(layers, name, N, T):
     return "\n".join(rows)
 
 
-def draw_maps(model, idx, names, path):
-    """Draw the attention of each layer on idx (1, T), mean over heads: queries down, keys across.
+PANELS = 6  # of a picture of maps, unless more are asked for
+
+
+def panels_of(maps, layer=None, head=None):
+    """[(title, map (T, T))] of the maps (T, T, nh) of all layers: means over heads of the layers with the
+    largest first-token shares; or the heads of one layer; or one head.
+    """
+    for name, value, count in (("layer", layer, len(maps)), ("head", head, maps[0].size(-1))):
+        if value is not None and not 0 <= value < count:
+            raise ValueError(f"{name}={value}: this model has {name}s 0 to {count - 1}")
+    if layer is not None:
+        heads = range(maps[0].size(-1)) if head is None else [head]
+        return [(f"layer {layer}, head {h}", maps[layer][..., h]) for h in heads]
+    means = [layer.mean(-1) if head is None else layer[..., head] for layer in maps]
+    largest = sorted(range(len(means)), key=lambda i: -means[i][:, 0].mean())[:PANELS]
+    return [(f"layer {i}" + f", head {head}" * (head is not None), means[i]) for i in sorted(largest)]
+
+
+def draw_maps(model, idx, names, path, layer=None, head=None):
+    """Draw the attention on idx (1, T), as panels_of chooses: each row is a token, and shows where it looks.
 
     The picture is written to `path`; its ending says which kind it is. `names` are the T tokens as text.
     """
     try:
-        from matplotlib.figure import Figure  # asked for only here; not pyplot, which would switch backends
+        from matplotlib.colors import PowerNorm  # matplotlib is asked for only here
+        from matplotlib.figure import Figure  # not pyplot, which would switch backends
     except ImportError:
         raise ValueError("--attn_map needs matplotlib: pip install matplotlib") from None
 
-    maps = [layer[0].float().mean(-1).cpu() for layer in attention_maps(model, idx)]  # (T, T) each
-    columns = min(2, len(maps))
-    lines, side = math.ceil(len(maps) / columns), max(3.0, 0.16 * len(names))
-    figure = Figure(figsize=(columns * side + 0.6, lines * (side + 0.4)), layout="constrained")
+    panels = panels_of([layer[0].float().cpu() for layer in attention_maps(model, idx)], layer, head)
+    columns, T = min(3, len(panels)), len(names)
+    lines, side = math.ceil(len(panels) / columns), max(3.0, 0.13 * T)
+    figure = Figure(figsize=(columns * side + 0.8, lines * (side + 0.3)), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False)
-    for axis in axes.flat[len(maps):]:
+    for axis in axes.flat[len(panels):]:
         axis.set_axis_off()
-    for i, (axis, probabilities) in enumerate(zip(axes.flat, maps)):
-        image = axis.imshow(probabilities, cmap="Greys", vmin=0, vmax=1)
-        axis.set_title(f"layer {i}: {probabilities[:, 0].mean():.2f} on the first token")
-        axis.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
-        axis.set_yticks(range(len(names)), names, fontsize=6)
-    axes[0][0].set(xlabel="key", ylabel="query")
-    figure.colorbar(image, ax=axes, label="attention probability", shrink=0.6)
-    figure.savefig(path, dpi=120)
+    for axis, (title, weights) in zip(axes.flat, panels):
+        image = axis.imshow(weights, cmap="Greys", norm=PowerNorm(0.5, 0, 1))  # 0.05 is seen, too
+        axis.set_title(f"{title}: {weights[:, 0].mean():.2f} on {names[0]}", fontsize=9, parse_math=False)
+        axis.set_xticks(range(T), names, rotation=90, fontsize=6, parse_math=False)
+        axis.set_yticks(range(T), names, fontsize=6, parse_math=False)
+        axis.tick_params(length=0)
+    axes[0][0].set(xlabel="the token looked at", ylabel="the token that looks")
+    figure.suptitle(f"Attention; evenly spread, {uniform_share(T):.2f} would be on {names[0]}", fontsize=9)
+    bar = figure.colorbar(image, ax=axes, ticks=(0, 0.01, 0.1, 0.5, 1), shrink=0.4, aspect=15)
+    bar.ax.tick_params(labelsize=7)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a letter that the font lacks is a box
+        figure.savefig(path, dpi=120)
