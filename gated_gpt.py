@@ -114,7 +114,8 @@ class Gate(nn.Module):
     ACTIVATIONS = {
         "sigmoid": torch.sigmoid,  # 0..1: can close
         "ns_sigmoid": lambda z: 0.5 + 0.5 * torch.sigmoid(z),  # "non-sparse", 0.5..1: cannot close (Table 4)
-        "silu": F.silu, "identity": lambda z: z,  # of gates that add
+        "silu": F.silu,
+        "identity": lambda z: z,
     }
 
     def __init__(self, config, y_shape):
