@@ -20,8 +20,7 @@ Names, in the shapes below and in the paper:
     x      in Attention and Gate: the normalised input (B, T, C), the paper's X, from which q, k, v and the
            scores are made; in Block and GPT: the residual stream (B, T, C)
     y      what the gate acts on: the paper's Y    S    number of keys: T, or more with a cache
-    G1     gate on the SDPA output, per head, before o_proj: the paper's choice
-    G2, G3, G4   gates on the values, keys, queries;  G5   gate on the output of o_proj
+    G1..G5 the five places of a gate: see Attention.forward
 """
 import math
 import zlib
@@ -50,7 +49,7 @@ class GPTConfig:
     mlp_hidden: int | None = None  # width inside the SwiGLU; default: 8/3 n_embd, rounded to a multiple of 16
     rope_base: float = 10000.0  # base of the rotary embedding's wavelengths
     rope_scaling: Literal["none", "linear", "yarn"] = "none"  # for windows longer than the trained one
-    rope_factor: float | None = None  # how many times longer; default: block_size / rope_trained
+    rope_factor: float = 1.0  # how many times longer
     rope_trained: int | None = None  # the trained window; default: block_size / rope_factor
     attention: Literal["softmax", "softmax1", "learned", "softpick"] = "softmax"  # see OtherSDPA
     qk_norm: bool = True  # RMSNorm on each head's queries and keys, before RoPE
@@ -78,19 +77,14 @@ class GPTConfig:
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         self.mlp_hidden = self.mlp_hidden or max(16, 16 * round(self.n_embd * 8 / 3 / 16))
         headwise, normed = self.gate_kind == "headwise", self.qk_norm and self.gate in ("g3", "g4")
-        scaled, longer = self.rope_scaling != "none", bool(self.rope_trained or (self.rope_factor or 1) > 1)
-        if scaled and longer:
-            self.rope_trained = self.rope_trained or round(self.block_size / self.rope_factor)
-            self.rope_factor = self.rope_factor or self.block_size / self.rope_trained
+        scaled, longer = self.rope_scaling != "none", self.rope_factor > 1
         for wrong, why in (
             (uneven, f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}: set head_dim"),
             (self.head_dim % 2, f"head_dim={self.head_dim}, n_embd / n_head, is odd, but RoPE needs pairs"),
             (self.n_head % self.n_kv_head,
              f"n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}"),
-            (scaled != longer, f"rope_scaling={self.rope_scaling}, rope_factor={self.rope_factor}, "
-             f"rope_trained={self.rope_trained}: set the first and one of the others, or none"),
-            (scaled and longer and self.rope_factor < 1, f"rope_trained={self.rope_trained} is more than "
-             f"block_size={self.block_size}: rope_scaling is for longer windows than trained"),
+            (scaled != longer or self.rope_trained and not scaled, f"rope_scaling={self.rope_scaling}, "
+             f"rope_factor={self.rope_factor:g}, rope_trained={self.rope_trained}: set the first two or none"),
             (headwise and normed and self.gate_op == "multiply", f"gate_kind=headwise with gate={self.gate}: "
              "QK-norm cancels one score per head; use elementwise, or --no-qk_norm"),
             ((self.gate == "g5") + headwise + self.gate_shared > 1, "gate=g5 (whose output has no heads), "
@@ -99,6 +93,8 @@ class GPTConfig:
              f"n_expert_active={self.n_expert_active} is more than n_expert={self.n_expert}")):
             if wrong:
                 raise ValueError(why)
+        if scaled:
+            self.rope_trained = self.rope_trained or round(self.block_size / self.rope_factor)
 
 
 # ---- the gate, and the attention it sits in --------------------------------------------------------
@@ -107,9 +103,8 @@ class GPTConfig:
 class Gate(nn.Module):
     """How a score is computed, and how it is applied to y. Where the gate sits is decided in Attention.
 
-    y_shape: (nh, hs) at G1 and G4, (nkv, hs) at G2 and G3, (C,) at G5. When training starts, x W is near 0
-    and a sigmoid score near 0.5: the gate is half open. Paper: eq. 5. Authors' code: modeling_qwen3.py,
-    Qwen3Attention.forward, where W is extra rows of q_proj.
+    y_shape: (nh, hs) at G1 and G4, (nkv, hs) at G2 and G3, (C,) at G5. x W is near 0 at first, so a sigmoid is
+    half open. Paper: eq. 5. Authors' code: Qwen3Attention.forward, where W is more rows of q_proj.
     """
     ACTIVATIONS = {
         "sigmoid": torch.sigmoid,  # 0..1: can close
@@ -458,10 +453,11 @@ class GPT(nn.Module):
 
     def set_window(self, block_size, rope_scaling="none"):
         """Change the window of a trained model. rope_scaling is for a longer one; none: RoPE as trained."""
-        c = self.config = replace(self.trained, block_size=block_size)
+        self.config = replace(self.trained, block_size=block_size)
         trained = self.trained.rope_trained or self.trained.block_size
         if rope_scaling != "none" and block_size > trained:
-            self.config = replace(c, rope_scaling=rope_scaling, rope_factor=None, rope_trained=trained)
+            self.config = replace(self.config, rope_scaling=rope_scaling, rope_factor=block_size / trained,
+                                  rope_trained=trained)
         self.cos, self.sin = (table.to(self.cos.device) for table in rope_table(self.config))
 
     def forward(self, idx, targets=None, cache=None):

@@ -47,7 +47,7 @@ def parse_flags(argv=None):
     parser.add_argument("--attn_share", action="store_true", help="measure first-token share on this text")
     parser.add_argument("--text", metavar="FILE", help="with --attn_share: measure it on this text instead")
     parser.add_argument("--attn_map", metavar="FILE.png", help="draw the attention on this text")
-    parser.add_argument("--layer", type=int, help="with --attn_map: the heads of this layer [largest shares]")
+    parser.add_argument("--layer", type=int, help="with --attn_map: its heads [layers of largest share]")
     parser.add_argument("--head", type=int, help="with --attn_map: this head [means over heads]")
     flags = parser.parse_args(argv)
     for name, least in (("tokens", 0), ("temperature", 0), ("top_k", 1), ("seed", 0)):

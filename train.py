@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for python -P, which leaves it out
 from data import prepare
-from data.tokenizers import TextOut, get_tokenizer, same_tokenizer
+from data.tokenizers import same_tokenizer
 from gated_gpt import GPT, GPTConfig, check_fields, measure, uniform_share
 from plumbing import checkpoint, machine
 from plumbing.flags import add_flags, command, parser_of, refuse_idle, run_main
@@ -309,6 +309,7 @@ def train(config, c, say=tqdm.write):
     if state["step"] < c.max_steps:
         raise KeyboardInterrupt(f"stopped at step {state['step']} and saved; to go on: "
                                 + command("train.py", "--resume", f"--out={c.out}"))
+    say(ending(state["log"], config.block_size))
     say(f"\ntexts of its best step: {command('sample.py', f'--ckpt={c.out}')}")
     return model, state["log"]
 
@@ -437,22 +438,7 @@ def configs_from(flags):
 
 def main(argv=None):
     config, c = configs_from(parse_flags(argv))
-    model, log = train(config, c)
-    if not machine.is_first():  # of several processes
-        return
-    print(ending(log, config.block_size))
-    print(f"\na text of the last step:\n{sampled(model, c)}")
-
-
-def sampled(model, c):
-    """A text of 120 tokens from a model, or fewer if it ends: BOS would start the next one."""
-    meta, device = prepare.load(c.data)[0], model.embed.weight.device
-    bos, generator = torch.tensor([[meta["bos"]]], device=device), torch.Generator(device).manual_seed(c.seed)
-    try:
-        text = TextOut(get_tokenizer(meta["tokenizer"]))
-    except (OSError, ValueError) as error:  # GPT-2's, offline
-        return f"none: {error}"
-    return text.rest(model.stream(bos, 120, 0.8, generator=generator), ends={meta["bos"]})
+    train(config, c)
 
 
 if __name__ == "__main__":
