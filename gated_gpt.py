@@ -84,7 +84,7 @@ class GPTConfig:
             (self.n_head % self.n_kv_head,
              f"n_head={self.n_head} is not a multiple of n_kv_head={self.n_kv_head}"),
             (scaled != longer or self.rope_trained and not scaled, f"rope_scaling={self.rope_scaling}, "
-             f"rope_factor={self.rope_factor:g}, rope_trained={self.rope_trained}: set the first two or none"),
+             f"rope_factor={self.rope_factor:g}, rope_trained={self.rope_trained}: set the first two"),
             (headwise and normed and self.gate_op == "multiply", f"gate_kind=headwise with gate={self.gate}: "
              "QK-norm cancels one score per head; use elementwise, or --no-qk_norm"),
             ((self.gate == "g5") + headwise + self.gate_shared > 1, "gate=g5 (whose output has no heads), "
@@ -103,7 +103,7 @@ class GPTConfig:
 class Gate(nn.Module):
     """How a score is computed, and how it is applied to y. Where the gate sits is decided in Attention.
 
-    y_shape: (nh, hs) at G1 and G4, (nkv, hs) at G2 and G3, (C,) at G5. x W is near 0 at first, so a sigmoid is
+    y_shape: (nh, hs) at G1 and G4, (nkv, hs) at G2 and G3, (C,) at G5. x W is near 0 at first: a sigmoid is
     half open. Paper: eq. 5. Authors' code: Qwen3Attention.forward, where W is more rows of q_proj.
     """
     ACTIVATIONS = {
