@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_hook
 
 import train
 from data import prepare
+from gated_gpt import GPT
 from plumbing.flags import run_main
 
 torch.set_num_threads(1)  # the models are so small that a second thread only gets in the way
@@ -57,6 +59,37 @@ def refusal(main, argv):
     sentence = err.strip().splitlines()[-1]
     assert status == 2 and "Traceback" not in err, (status, err)
     return sentence
+
+
+@contextlib.contextmanager
+def no_file_beyond(size):
+    """Nobody can write a larger file, as on a disk that is nearly full."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@contextlib.contextmanager
+def watching(see):
+    """see(model, inputs, output) after each forward of a GPT."""
+    def hook(module, inputs, output):
+        if isinstance(module, GPT):
+            see(module, inputs, output)
+
+    handle = register_module_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def all_files(folder):
+    """{path: bytes} of what is in a folder."""
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="session")

@@ -5,13 +5,13 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, fit, flags
+from conftest import ROOT, TINY, fit, flags
 
 from plumbing import checkpoint
+from train import PRESETS
 
 HANGS = 600  # seconds after which a test gives up waiting
-SETTINGS = dict(n_layer=2, max_steps=10, eval_every=5, optimizer="adamw", grad_clip=0.5, attn_share=True,
-                min_lr_ratio=0.1)  # what the command line takes from its preset, fit must be told
+SETTINGS = dict(n_layer=2, max_steps=10, eval_every=5, optimizer="adamw", grad_clip=0.5, attn_share=True)
 # What every process runs: train.py, and after each forward of training a line of the test's own.
 SCRIPT = f"""
 import os, signal, sys
@@ -62,7 +62,7 @@ def torchrun(here):
 def test_two_processes_do_what_one_does_with_the_whole_batch(torchrun):
     status, out, err = torchrun(batch_size=2, grad_accum=4, out="two")  # two forwards a step in each process
     assert status == 0, err
-    fit(**SETTINGS, batch_size=8, out="one")
+    fit(**PRESETS["laptop"] | TINY | SETTINGS | dict(batch_size=8, out="one"))
     (a, two), (b, one) = (checkpoint.load(f"{run}/last.pt") for run in ("two", "one"))
     for (name, p), q in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
         assert (p - q).abs().max() < 1e-5, name

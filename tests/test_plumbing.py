@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, status_of
+from conftest import ROOT, no_file_beyond, status_of
 from test_model import VARIANTS, every_variant, lively, tiny, tokens
 
 import train
@@ -85,18 +85,6 @@ def test_an_error_while_writing_leaves_the_old_file_alone(old, error):
         file.write(b"half of the ne")
         raise error
     assert alone(old) == b"old"
-
-
-@contextmanager
-def no_file_beyond(size):
-    """Nobody can write a larger file, as on a disk that is nearly full."""
-    resource = pytest.importorskip("resource")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("write", [lambda file: torch.save(torch.zeros(90_000), file),
