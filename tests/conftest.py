@@ -1,6 +1,7 @@
 """What the tests share: two small data sets, an empty folder to work in, a tiny run, and a refusal."""
 import contextlib
 import io
+import os
 import shlex
 from functools import partial
 from pathlib import Path
@@ -112,6 +113,18 @@ def use_data(monkeypatch):
         monkeypatch.setenv("GATED_GPT_DATA", str(root))
 
     return use
+
+
+@pytest.fixture
+def shell(tmp_path):
+    """The variables of a shell in which a script's folder is not on the path (python -P), but other people's
+    packages with our names are.
+    """
+    for name in ("data", "plumbing", "experiments"):
+        (tmp_path / "others" / name).mkdir(parents=True)
+        (tmp_path / "others" / name / "__init__.py").touch()
+    own = {"PYTHONPATH": str(tmp_path / "others"), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
+    return os.environ | own
 
 
 @pytest.fixture

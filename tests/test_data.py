@@ -7,6 +7,7 @@ import hashlib
 import http.client
 import io
 import itertools
+import json
 import multiprocessing
 import os
 import random
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import sysconfig
 import types
+import unicodedata
 from functools import partial
 from pathlib import Path
 
@@ -137,6 +139,11 @@ def test_bytes_that_never_become_a_character_show_as_a_sign_for_that(tokens, tex
     assert "".join(map(TextOut(get_tokenizer("bytes")).add, tokens)) == text
 
 
+def test_the_labels_of_a_picture_show_bos_and_what_cannot_be_seen():
+    shown = tokenizers.labels([256, *b"a \n\t\xc3", 256], get_tokenizer("bytes"), 256)
+    assert shown == ["BOS", "a", "·", "↵", "→", "\ufffd", "BOS"]
+
+
 # --- python: the standard library -------------------------------------------------------------------
 
 
@@ -182,7 +189,8 @@ def test_meta_counts_tokens_and_bytes_beside_the_hash_of_each_file(python_set):
             "tokens": len(tokens[split]), "bytes": len("".join(texts[split]).encode()),
             "sha256": hashlib.sha256(tokens[split].tobytes()).hexdigest()}
     assert meta.pop("source").startswith("the standard library of Python 3.")
-    assert meta == {"tokenizer": "bpe2k", "bos": 2047, "vocab_size": 2048, "dtype": "uint16"}
+    assert meta == {"tokenizer": "bpe2k", "tokenizer_sha256": None, "bos": 2047, "vocab_size": 2048,
+                    "dtype": "uint16"}
 
 
 # --- backcopy ---------------------------------------------------------------------------------------
@@ -352,9 +360,19 @@ def test_in_a_folder_what_is_hidden_or_empty_is_left_out_and_what_is_no_text_is_
     assert len(texts_of("corpus")["train"]) == 2
 
 
-def test_a_file_of_markup_is_learned_with_a_warning(tmp_path, root, capsys):
-    prepare_files([write_files(tmp_path, {"chat.jsonl": TEXT}) / "chat.jsonl"])
-    assert capsys.readouterr().err == "chat.jsonl is learned as it is, with all its markup\n"
+@pytest.mark.parametrize("name", ["chat.jsonl", "page.HTML", "lab.ipynb", "table.tsv"])
+def test_a_file_of_markup_is_learned_with_a_warning(name, tmp_path, root, capsys):
+    prepare_files([write_files(tmp_path, {name: TEXT}) / name])
+    assert capsys.readouterr().err == f"{name} is learned as it is, with all its markup\n"
+
+
+def test_each_text_counts_once_even_if_it_is_there_under_several_names(tmp_path, root, capsys):
+    folder = write_files(tmp_path / "corpus", {"a.txt": TEXT, "a (copy).txt": TEXT, "b.txt": TEXT.upper()})
+    (folder / "link.txt").symlink_to(folder / "a.txt")
+    prepare_files([folder])
+    texts = texts_of("corpus")
+    assert sorted(map("".join, zip(texts["train"], texts["val"]))) == [TEXT.upper(), TEXT]
+    assert capsys.readouterr().err == "left out, since each text counts once: 2 of 4 texts\n"
 
 
 # --- train and val ----------------------------------------------------------------------------------
@@ -376,6 +394,10 @@ def test_of_many_files_whole_ones_are_held_out_which_depends_on_their_names_belo
     random.Random(0).shuffle(paths)
     prepare_files(paths, "again")
     assert texts_of("again") == texts
+    composed, apart = ([unicodedata.normalize(form, f"{c}.txt") for c in "äöüéèêàôîçñå"]  # on Linux; on a Mac
+                       for form in ("NFC", "NFD"))
+    order, other = (prepare.by_hash({Path("/", name): "" for name in names}) for names in (composed, apart))
+    assert [apart[composed.index(path.name)] for path in order] == [path.name for path in other]
 
 
 def test_of_24_files_of_uneven_sizes_val_is_near_5_percent_of_the_text():
@@ -448,6 +470,17 @@ def test_a_damaged_set_is_refused_with_the_command_that_makes_it(name, damage, s
         path.write_bytes(path.read_bytes()[:damage] if isinstance(damage, int) else damage)
     command = "python data/prepare.py FILES --name=small --overwrite"
     with pytest.raises(ValueError, match=f"{small} is not whole .*make it again with `{command}`"):
+        load("small")
+
+
+def test_a_set_whose_tokenizer_was_trained_anew_is_refused(tmp_path, small):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    meta = json.loads((small / "meta.json").read_text())
+    meta |= {"tokenizer": str(tmp_path), "tokenizer_sha256": tokenizers.sha256_of(tmp_path)}
+    (small / "meta.json").write_text(json.dumps(meta))
+    assert load("small")[0]["tokenizer"] == str(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("[]")
+    with pytest.raises(ValueError, match=f"{tmp_path} holds another tokenizer than it did"):
         load("small")
 
 

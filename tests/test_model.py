@@ -295,8 +295,8 @@ def test_every_shape_agrees_with_plain_loops_with_each_gate_and_without(shape):
     (128, 1e6, 32768), (64, 1e4, 2048), (12, 20.0, 4096), (12, 20.0, 4)])
 @pytest.mark.parametrize("scaling", ["none", "linear", "yarn"])
 def test_the_angles_of_models_of_any_size_are_those_of_the_loops(scaling, hs, base, trained):
-    config = tiny(n_head=1, head_dim=hs, rope_base=base, block_size=2001, rope_scaling=scaling,
-                  rope_factor=4.0, rope_trained=trained)
+    longer = dict(rope_scaling=scaling, rope_factor=4.0, rope_trained=trained) if scaling != "none" else {}
+    config = tiny(n_head=1, head_dim=hs, rope_base=base, block_size=2001, **longer)
     cos, sin = rope_table(config)
     for position in (0, 1, 60, 2000):
         expected = turn(np.repeat([1.0, 0.0], hs // 2), position, config)  # all cosines, then all sines
@@ -320,17 +320,22 @@ def test_other_attentions_stay_finite_at_scores_of_any_size(attention):
         assert all(torch.isfinite(p.grad).all() for p in model.parameters()), size
 
 
-@pytest.mark.parametrize("scaling", ["linear", "yarn"])
-def test_a_longer_window_is_that_of_a_config_that_asks_for_it(scaling):
-    model = lively(tiny(block_size=8))
-    model.set_window(32, scaling)
-    asked = lively(tiny(block_size=32, rope_scaling=scaling, rope_factor=4.0))
-    assert_same_logits(model, asked, tokens(1, 32), 1e-9)
-    model.set_window(8, scaling)  # no longer than trained: factor 1
-    assert_same_logits(model, lively(tiny(block_size=8)), tokens(1, 8), 1e-6)
-    model.set_window(32)  # RoPE as trained
-    assert_same_logits(model, lively(tiny(block_size=32)), tokens(1, 32), 1e-6)
-    assert model.config.rope_trained == 8
+@pytest.mark.parametrize("fields", [
+    dict(block_size=8), dict(block_size=16, rope_scaling="yarn", rope_factor=2.0, rope_trained=8)], ids=str)
+def test_another_window_is_that_of_a_config_that_asks_for_it_and_the_own_rope_is_not_lost(fields):
+    model = lively(tiny(**fields))
+    for size, scaling, asked in (
+            (32, "yarn", dict(rope_scaling="yarn", rope_factor=4.0, rope_trained=8)),
+            (32, "linear", dict(rope_scaling="linear", rope_factor=4.0, rope_trained=8)),
+            (8, "yarn", {}), (32, "none", {}), (fields["block_size"], "none", {})):  # {}: RoPE as trained
+        model.set_window(size, scaling)
+        other = lively(tiny(**fields | dict(block_size=size) | asked))
+        assert model.config == other.config
+        assert_same_logits(model, other, tokens(1, size), 1e-9)
+
+
+def test_the_trained_window_of_a_scaled_rope_is_the_window_over_the_factor():
+    assert tiny(block_size=30, rope_scaling="linear", rope_factor=4.0).rope_trained == 8
 
 
 # ---- a gate that is stuck --------------------------------------------------------------------------
@@ -673,8 +678,9 @@ WRONG = [  # (fields, parts of the sentence)
     (dict(gate_kind="headwise", gate_shared=True), ["gate_kind=headwise", "gate_shared"]),
     (dict(norm_eps=-1e-6), ["norm_eps=-1e-06"]), (dict(rope_base=0.5), ["rope_base=0.5", "at least 1"]),
     (dict(n_expert=2, n_expert_active=3), ["n_expert=2", "n_expert_active=3"]),
-    (dict(rope_factor=1.5), ["rope_scaling=none, rope_factor=1.5: set both"]),
-    (dict(rope_scaling="yarn"), ["rope_scaling=yarn, rope_factor=1: set both"]),
+    (dict(rope_factor=1.5), ["rope_scaling=none, rope_factor=1.5, rope_trained=None: set the first two"]),
+    (dict(rope_scaling="yarn"), ["rope_scaling=yarn, rope_factor=1,"]), (dict(rope_trained=9), ["trained=9"]),
+    (dict(rope_scaling="yarn", rope_trained=9), ["rope_factor=1, rope_trained=9: set the first two"]),
 ]
 
 

@@ -28,6 +28,7 @@ from data import prepare
 from data.tokenizers import get_tokenizer
 from gated_gpt import GPT, uniform_share
 from plumbing import checkpoint
+from plumbing.flags import command
 
 pytestmark = pytest.mark.usefixtures("here")
 HANGS = 600  # seconds after which a test gives up waiting
@@ -127,7 +128,7 @@ def test_a_run_that_was_stopped_and_resumed_is_the_run_that_never_stopped(stops,
     whole = WHOLE | dict(optimizer="muon")  # with AdamW for the rest
     for i, (forward, training) in enumerate(stops):
         said = interrupt(forward, training, **whole, resume=i > 0)
-        assert said.endswith("saved; to go on: python train.py --resume --out=run")
+        assert said.endswith(f"saved; to go on: {command('train.py', '--resume', '--out=run')}")
         torch.manual_seed(12345)  # another process would start with other random numbers
         torch.rand(7)
     fit(**whole, resume=True)
@@ -176,17 +177,17 @@ def test_the_command_line_resumes_the_newest_run_with_its_flags():
 def test_resuming_with_a_flag_that_would_make_another_run_is_refused():
     fit(out="run")
     for words in ("--gate=none", "--learning_rate=0.1", "--seed=1", "--data=words", "--overwrite",
-                  "--preset=sink", "--no-qk_norm", "--init_from=run"):
+                  "--preset=sink", "--no-qk_norm", "--init_from=run", "--eval_windows=9"):
         said = refusal(train.main, f"--resume --out=run --max_steps=9 {words}")
         assert words.split("=")[0].replace("--no-", "--") in said and "max_steps" not in said
         assert "start a new run with --init_from" in said
     assert content_of()["step"] == 6
 
 
-def test_resuming_another_model_or_on_other_data_or_without_an_optimizer_is_refused(here, use_data, data_root):
+def test_resuming_another_model_or_with_other_data_or_without_an_optimizer_is_refused(
+        here, use_data, data_root):
     def is_refused(**fields):
-        with pytest.raises(ValueError, match="^run/last.pt was trained with another model, or on other data th"
-                                             "an tiny is now, or lacks an optimizer: .* with --init_from$"):
+        with pytest.raises(ValueError, match="^run/last.pt was trained with another model, or on other data"):
             fit(**dict(out="run", resume=True, max_steps=9) | fields)
 
     shutil.copytree(data_root / "tiny", here / "data" / "tiny")
@@ -200,19 +201,18 @@ def test_resuming_another_model_or_on_other_data_or_without_an_optimizer_is_refu
     (here / "other.txt").write_text("Quite another text, of about the same length.\n" * 200)
     prepare.prepare_files([here / "other.txt"], "tiny", "bytes", overwrite=True)
     is_refused()
-    for wrong in (dict(out=None), dict(out="run", overwrite=True)):
-        with pytest.raises(ValueError, match="^resume with out=.*: out names the run to go on with"):
-            train.TrainConfig(resume=True, **wrong)
+    for fields in (dict(), dict(out="run", overwrite=True)):
+        with pytest.raises(ValueError, match="^resume with out=.*: name it, and keep it$"):
+            train.TrainConfig(resume=True, **fields)
 
 
 # ---- real processes --------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM that a process can handle")
-def test_a_plain_kill_saves_and_names_a_command_that_goes_on():
+def test_a_plain_kill_saves_and_names_a_command_that_goes_on(shell):
     words = [sys.executable, ROOT / "train.py", *flags(max_steps=10**6, eval_every=20, out="my run")]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
-                               env=os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(words, stdout=-1, stderr=-1, encoding="utf-8", env=shell)
     hangs = threading.Timer(HANGS, process.kill)
     hangs.start()
     any(re.match(r" +\d+0 ", text) for text in process.stdout)  # reads until the first row of the log
@@ -222,7 +222,7 @@ def test_a_plain_kill_saves_and_names_a_command_that_goes_on():
     step = content_of("my run/last.pt")["step"]
     assert process.returncode == 130 and "Traceback" not in err and step >= 20, err
     assert f"stopped at step {step} and saved" in err
-    goes_on = shlex.split(re.search(r"python train\.py (.*)", err)[1])
+    goes_on = shlex.split(re.search(r"python \S*train\.py (.*)", err)[1])
     status, out, _ = status_of(train.main, [*goes_on, f"--max_steps={step + 1}"])
     assert status == 0 and "my run, resumed" in out and content_of("my run/last.pt")["step"] == step + 1
 
@@ -304,14 +304,11 @@ def windows(n, T):
     return train.Windows(np.arange(n, dtype=np.uint16), 999, T, torch.device("cpu"))
 
 
-def test_a_window_starts_with_bos_and_its_targets_are_the_next_tokens():
+def test_a_window_starts_with_bos_and_its_targets_are_the_next_tokens_from_the_first_to_the_last():
     idx, targets = windows(20, 5).at(np.array([0, 3, 15]))
     assert idx.tolist() == [[999, 0, 1, 2, 3], [999, 3, 4, 5, 6], [999, 15, 16, 17, 18]]
     assert targets.tolist() == [[0, 1, 2, 3, 4], [3, 4, 5, 6, 7], [15, 16, 17, 18, 19]]
     assert idx.dtype == targets.dtype == torch.int64
-
-
-def test_windows_reach_from_the_first_token_to_the_last():
     ((_, targets),) = windows(20, 5).of_step(0, train.TrainConfig(batch_size=2000))
     assert set(targets[:, 0].tolist()) == set(range(16)) and targets.max() == 19
     assert windows(20, 5).spaced(4).tolist() == [0, 5, 10, 15]
@@ -346,14 +343,6 @@ def test_windows_that_processes_cannot_share_evenly_are_refused():
     config, c = configs(batch_size=3, grad_accum=3)
     with pytest.raises(ValueError, match="batch_size=3 times grad_accum=3 is 9 windows .* 2 processes"):
         train.open_data(config, c, torch.device("cpu"), ranks=2)
-
-
-def test_a_window_longer_than_the_data_is_refused(here):
-    tokens = prepare.load("tiny")[0]["val"]["tokens"]
-    fit(block_size=tokens, max_steps=1, out="run")
-    said = refusal(train.main, flags(block_size=tokens + 1))
-    assert f"{tokens} tokens" in said and f"block_size={tokens + 1}" in said
-    assert os.listdir(here) == ["run"]
 
 
 # ---- learning rate and optimizers ------------------------------------------------------------------
@@ -407,8 +396,9 @@ def test_gradients_are_clipped_to_the_longest_allowed_and_0_means_never():
 
 def test_muon_takes_the_steps_that_torchs_muon_takes():
     torch.manual_seed(0)
-    start = [torch.randn(shape) for shape in ((6, 6), (4, 12), (12, 4), (4, 12), (1, 5))]
-    gradients, ended, settings = [torch.randn_like(p) for p in start], [], dict(lr=0.02, weight_decay=0.3)
+    start = [torch.randn(shape) for shape in ((6, 6), (4, 12), (12, 4), (4, 12), (1, 5), (3, 3))]
+    gradients, ended = [torch.randn_like(p) for p in start[:-1]], []  # the last gets none, and stays
+    settings = dict(lr=0.02, weight_decay=0.3)
     for make in (train.Muon, partial(torch.optim.Muon, adjust_lr_fn="match_rms_adamw")):
         ended.append([p.clone().requires_grad_() for p in start])
         optimizer = make(ended[-1], **settings)
@@ -417,7 +407,7 @@ def test_muon_takes_the_steps_that_torchs_muon_takes():
                 p.grad = gradient * (step - 1.5) + 0.3 * gradient.flip(1)
             optimizer.step()
     for mine, torchs, p in zip(*ended, start):  # torch's works in bfloat16
-        assert (mine - torchs).norm() < 0.03 * (mine - p).norm()
+        assert (mine - torchs).norm() <= 0.03 * (mine - p).norm()
 
 
 @pytest.mark.parametrize("bfloat16", [True, False])
@@ -537,30 +527,28 @@ def test_overwriting_that_is_refused_for_another_reason_leaves_the_run_before():
 # ---- starting from other weights -------------------------------------------------------------------
 
 
-def test_init_from_starts_with_the_weights_and_the_shape_of_a_checkpoint():
+def test_init_from_starts_with_the_weights_the_shape_and_the_data_of_a_checkpoint():
     fit(out="old", n_layer=2, gate="g2", gate_shared=True, tie_embeddings=True, block_size=6, eval_every=2)
     os.replace("old/last.pt", "old/other.pt")
     for path, from_file in (("old/other.pt", "old/other.pt"), ("old", "old/best.pt")):
         status, out, err = status_of(train.main, f"--init_from={path} --out=new --overwrite --device=cpu "
-                                                 "--data=tiny --learning_rate=0 --max_steps=1 --eval_windows=5")
-        assert status == 0 and f" {path}\n" in out, err
+                                                 "--learning_rate=0 --max_steps=1 --eval_windows=5")
+        assert status == 0 and f" {path}\n" in out and "data     tiny" in out, err
         assert_same(weights("new/last.pt"), weights(from_file))
         assert content_of("new/last.pt")["step"] == 1
         assert checkpoint.load("new/last.pt")[0].config.block_size == train.PRESETS["laptop"]["block_size"]
 
 
 @pytest.mark.parametrize("old, words, said", [
-    *(("tiny", f"--init_from={word}", f"no checkpoint {word}: python train.py makes one from scratch, --resume "
-       "goes on with one") for word in ("resume", "scratch", "gpt2")),  # nanoGPT's
-    ("words", "--data=tiny", "old reads tokens of bpe2k, but tiny has those of bytes: prepare the data with "
-     "--tokenizer=bpe2k"),
-    ("tiny", "--data=words", "old reads tokens of bytes, but words has those of bpe2k: prepare the data with "
-     "--tokenizer=bytes"),
+    *(("tiny", f"--init_from={word}", rf"no checkpoint {word}: `python \S*train.py` makes one from scratch, "
+       "--resume goes on with one") for word in ("resume", "scratch", "gpt2")),  # words of nanoGPT's
+    ("words", "--data=tiny", "of bpe2k, but tiny has those of bytes: prepare the data with --tok"),
+    ("tiny", "--data=words", "2048 of words, in tokens of bpe2k: prepare the data with another --tokenizer"),
     *(("tiny", f"--data=tiny {flag}", "another shape than your flags ask for") for flag in (
         "--n_layer=2", "--n_embd=32", "--norm=sandwich", "--vocab_size=300"))])
 def test_init_from_what_does_not_fit_is_refused(old, words, said):
     fit(out="old", data=old)
-    assert said in refusal(train.main, f"--init_from=old --out=new --device=cpu --max_steps=1 {words}")
+    assert re.search(said, refusal(train.main, f"--init_from=old --out=new --device=cpu {words}"))
     assert not Path("new").exists()
 
 
@@ -596,11 +584,6 @@ def test_training_only_the_gate_changes_only_the_gate(optimizer):
     fit(out="half", eval_every=2, **fields | dict(max_steps=2))
     train.train(config, dataclasses.replace(c, out="half", resume=True), quiet)
     assert_same(weights("half/last.pt"), weights("whole/last.pt"))
-
-
-def test_training_only_the_gate_needs_one():
-    said = refusal(train.main, flags(gate="none", train_only="gate"))
-    assert "train_only=gate, but the model has none" in said
 
 
 # ---- presets and flags -----------------------------------------------------------------------------
@@ -650,20 +633,27 @@ def test_flags_override_the_preset_which_overrides_the_defaults():
     assert {name: values[name] for name in defaults} == defaults  # a flag with the default's own value, too
 
 
-def test_a_number_that_cannot_be_is_refused(here):
-    for name, value in [("max_steps", 0), ("grad_accum", -1), ("warmup_steps", -1), ("seed", -1),
-                        ("seed", 2**31), ("n_layer", 0), ("learning_rate", -1.0), ("learning_rate", math.nan),
-                        ("grad_clip", math.inf)]:
-        assert f"{name}={value} must be at least" in refusal(train.main, flags(**{name: value}))
+@pytest.mark.parametrize("words, said", [
+    *((f"--{number}", f"{number} must be at least ") for number in (
+        "max_steps=0", "grad_accum=-1", "warmup_steps=-1", "seed=-1", f"seed={2**31}", "n_layer=0",
+        "learning_rate=-1.0", "learning_rate=nan", "grad_clip=inf")),
+    *((words, f"{words.split()[-1].split('=')[0]} does nothing with {other}: leave it out, or change --")
+      for words, other in (
+        ("--gate=none --gate_kind=headwise", "gate=none"), ("--n_expert_active=1", "n_expert=0"),
+        ("--schedule=constant --min_lr_ratio=0.2", "schedule=constant"), ("--overwrite", "out=None"))),
+    ("--vocab_size=256", "vocab_size=256 is less than the 257"),
+    ("--block_size=262", "the data has 261 tokens in one of its splits, fewer than block_size=262"),
+    ("--max_steps=20 --warmup_steps=20", "warmup_steps=20 must be below max_steps=20"),
+    ("--train_only=gate", "train_only=gate with gate=g1, init_from=None: choose a gate, and a trained m")])
+def test_what_cannot_be_trained_is_refused_without_a_trace(words, said, here):
+    assert said in refusal(train.main, [*flags(), *words.split()])
     assert os.listdir(here) == []
 
 
 def test_the_vocabulary_is_the_datas_unless_a_larger_one_is_asked_for():
-    fit(out="run")
-    assert checkpoint.load("run/last.pt")[0].config.vocab_size == 257
-    fit(out="larger", vocab_size=300)
-    assert weights("larger/last.pt")["embed.weight"].shape == (300, 16)
-    assert "vocab_size=256 is less than the 257" in refusal(train.main, flags(vocab_size=256))
+    for size, fields in ((257, dict()), (300, dict(vocab_size=300))):
+        fit(out="run", overwrite=True, **fields)
+        assert weights()["embed.weight"].shape == (size, 16)
 
 
 def test_the_warm_up_of_a_preset_takes_at_most_half_of_a_run_but_yours_may_take_all_but_one_step():
@@ -671,8 +661,6 @@ def test_the_warm_up_of_a_preset_takes_at_most_half_of_a_run_but_yours_may_take_
                                   ("gpt2", 5000, 250)]:
         assert table_of(f"--preset={preset} --max_steps={steps}")[0]["warmup_steps"] == warmup
     assert table_of(flags(max_steps=20, warmup_steps=19))[0]["warmup_steps"] == 19
-    too_long = refusal(train.main, flags(max_steps=20, warmup_steps=20))
-    assert "warmup_steps=20 must be below max_steps=20" in too_long
     fit(out="run", max_steps=3, warmup_steps=1)
     assert table_of("--resume --out=run --max_steps=100")[0]["warmup_steps"] == 1  # as it was
 
@@ -680,13 +668,13 @@ def test_the_warm_up_of_a_preset_takes_at_most_half_of_a_run_but_yours_may_take_
 # ---- what a run prints -----------------------------------------------------------------------------
 
 
-def test_a_run_says_what_it_chose_its_rows_its_best_loss_a_table_and_a_sample_in_80_columns():
+def test_a_run_says_what_it_chose_its_rows_its_best_loss_and_a_table_in_80_columns():
     status, out, _ = status_of(train.main, [*flags(n_layer=2), "--attn_share"])
-    start, table, best, layers, sample = out.split("\n\n", 4)
-    assert status == 0 and all(len(text) <= 80 for text in out.split("a sample")[0].splitlines())
+    start, table, best, layers, then = out.split("\n\n")
+    assert status == 0 and all(len(text) <= 80 for text in out.splitlines()[:-1])
     said = dict(text.split(maxsplit=1) for text in start.splitlines())
     assert list(said) == ["preset", "device", "threads", "dtype", "compile", "model", "data", "steps", "run"]
-    assert said["preset"].startswith("laptop (on c") and said["device"] == "cpu (as asked)"
+    assert said["preset"].startswith("laptop (") and said["device"] == "cpu (as asked)"
     assert (said["threads"], said["dtype"]) == ("1 (as asked)", "float32 (the default on cpu)")
     assert said["compile"] == "off (on by default with CUDA only)" and said["run"] == "out/tiny-g1"
     assert said["steps"] == "6 of 32 tokens (4 windows of 8), muon"
@@ -696,14 +684,18 @@ def test_a_run_says_what_it_chose_its_rows_its_best_loss_a_table_and_a_sample_in
     for what in (f"{row['val_loss']:.4f}", f"{row['bits_per_byte']:.4f}", f"step {row['step']}"):
         assert what in best
     assert re.search(r"^ +0 .*\n +1 ", layers, re.M) and f"{uniform_share(8):.3f}" in layers
-    assert sample.startswith("a sample of the last step (of the best: python sample.py --ckpt=out/tiny-g1):\n")
-    assert len(sample.split("\n", 1)[1].encode()) > 60  # of 120 bytes, some are no text
+    assert then == f"texts of its best step: {command('sample.py', '--ckpt=out/tiny-g1')}\n"
 
 
-def test_the_sample_at_the_end_of_a_run_ends_at_bos(monkeypatch):
-    config, c = configs(vocab_size=257)
-    monkeypatch.setattr(GPT, "stream", lambda *args, **options: iter(torch.tensor([*b"ab", 256, *b"cd"])))
-    assert train.sampled(GPT(config), c) == "ab"
+def test_a_set_of_texts_shorter_than_a_window_is_said_to_have_more_bos_in_it(here, use_data):
+    use_data(here / "sets")
+    for i in range(80):
+        (here / f"{i}.txt").write_text(f"{i:02} " * 11)
+    prepare.prepare_files([*here.glob("*.txt")], "short", "bytes")
+    for T, many in ((8, False), (128, True)):
+        said = []
+        train.train(*configs(data="short", block_size=T, max_steps=1), said.append)
+        assert ("short texts: a window has 3.8 more BOS" in "".join(said)) == many
 
 
 # ---- number formats and compiling ------------------------------------------------------------------
