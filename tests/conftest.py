@@ -14,6 +14,7 @@ import train
 from data import prepare
 from gated_gpt import GPT
 from plumbing.flags import run_main
+from plumbing.machine import silent as quiet
 
 torch.set_num_threads(1)  # the models are so small that a second thread only gets in the way
 
@@ -21,10 +22,6 @@ ROOT = Path(__file__).resolve().parents[1]
 TEXT = "Speak the speech, I pray you: naïve, 東京, 🙂.\n" * 100
 TINY = dict(data="tiny", block_size=8, n_layer=1, n_head=2, n_embd=16, batch_size=4, max_steps=6,
             eval_every=3, eval_windows=5, warmup_steps=2, learning_rate=1e-2, device="cpu", threads=1)
-
-
-def quiet(text):
-    """A `say` for train.train that says nothing."""
 
 
 def configs(**fields):

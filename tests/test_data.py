@@ -77,7 +77,6 @@ def texts_of(name):
 
 # --- tokenizers -------------------------------------------------------------------------------------
 
-
 @pytest.mark.parametrize("name, size", [("bpe2k", 2048), ("bytes", 257)])
 def test_any_text_is_its_tokens_byte_for_byte_and_never_bos_which_is_the_last_id(name, size):
     encoding, lengths, rng = get_tokenizer(name), tokenizers.token_bytes(name), random.Random(0)
@@ -146,7 +145,6 @@ def test_the_labels_of_a_picture_show_bos_and_what_cannot_be_seen():
 
 # --- python: the standard library -------------------------------------------------------------------
 
-
 @pytest.fixture(scope="module")
 def python_set(tmp_path_factory):
     """(meta, tokens, texts, what was printed) of the set `python`, which load makes on the way."""
@@ -156,30 +154,26 @@ def python_set(tmp_path_factory):
         return *load("python"), texts_of("python"), said.getvalue()
 
 
-def test_a_set_that_needs_no_download_is_made_once_on_the_way(python_set):
-    lines = python_set[3].splitlines()  # the set was opened twice
+def test_a_set_that_needs_no_download_is_made_once_on_the_way_and_a_token_is_3_characters(python_set):
+    _, tokens, texts, said = python_set
+    lines = said.splitlines()  # the set was opened twice
     assert lines[0].startswith("preparing ") and lines[0].endswith("python, once")
     assert len(lines) == 3 and "(bpe2k, 2,048 in the vocabulary)" in lines[2]
+    assert len(tokens["train"]) > 1.5e6 and sum(map(len, texts["val"])) / len(tokens["val"]) > 2.8
 
 
-def test_each_file_of_the_standard_library_is_whole_in_one_split_after_a_bos(python_set):
+def test_each_file_of_the_standard_library_is_whole_in_one_split_and_a_twentieth_is_held_out(python_set):
     def is_text(path):
         with contextlib.suppress(UnicodeDecodeError):
             return 0 < len(path.read_text(encoding="utf-8-sig")) and b"\0" not in path.read_bytes()
 
-    folder = Path(sysconfig.get_paths()["stdlib"])
+    folder, (train, val) = Path(sysconfig.get_paths()["stdlib"]), python_set[2].values()
     unwanted = {"test", "tests", "idle_test", "site-packages", "dist-packages", "pydoc_data"}
     files = [path for path in folder.rglob("*.py") if not unwanted & {*path.relative_to(folder).parts[:-1]}
              and not path.name.startswith("_sysconfigdata") and is_text(path)]
-    assert len(files) > 500 and folder / "textwrap.py" in files
+    assert len(files) > 500 and folder / "textwrap.py" in files and len(val) == round(len(files) / 20)
     expected = collections.Counter(path.read_bytes().decode("utf-8-sig") for path in files)
-    assert collections.Counter(python_set[2]["train"] + python_set[2]["val"]) == expected
-
-
-def test_a_twentieth_of_the_files_is_held_out_and_a_token_stands_for_three_characters(python_set):
-    _, tokens, texts, _ = python_set
-    assert len(texts["val"]) == round(len(texts["train"] + texts["val"]) / 20)
-    assert len(tokens["train"]) > 1.5e6 and sum(map(len, texts["val"])) / len(tokens["val"]) > 2.8
+    assert collections.Counter(train + val) == expected
 
 
 def test_meta_counts_tokens_and_bytes_beside_the_hash_of_each_file(python_set):
@@ -195,47 +189,31 @@ def test_meta_counts_tokens_and_bytes_beside_the_hash_of_each_file(python_set):
 
 # --- backcopy ---------------------------------------------------------------------------------------
 
-
-@pytest.fixture(scope="module")
-def backcopy():
-    return prepare.backcopy_text(200_000)
-
-
-def row_of(c):
-    """The probabilities of what comes after c in the chain."""
-    rows = np.random.default_rng(0).dirichlet(np.full(62, 0.3), size=62)
-    return dict(zip(prepare.ALPHABET, rows[prepare.ALPHABET.index(c)]))
-
-
-def test_after_a_trigger_comes_the_character_before_it_seven_times_out_of_eight(backcopy):
-    rows, triples = {c: row_of(c) for c in "uvx"}, list(zip(backcopy, backcopy[1:], backcopy[2:]))
-    asked = [(a, c, b) for a, c, b in triples if c in "uvx" and a not in "uvx"]
+def test_after_a_trigger_comes_a_copy_seven_times_out_of_eight_and_elsewhere_the_next_of_a_markov_chain():
+    rows = dict(zip(prepare.ALPHABET, np.random.default_rng(0).dirichlet(np.full(62, 0.3), size=62)))
+    rows = {c: dict(zip(prepare.ALPHABET, row)) for c, row in rows.items()}  # chances of what comes after c
+    text = prepare.backcopy_text(200_000)
+    asked = [(a, c, b) for a, c, b in zip(text, text[1:], text[2:]) if c in "uvx" and a not in "uvx"]
     by_chance = np.mean([rows[c][a] for a, c, b in asked])
     assert len(asked) > 10_000
     assert abs(np.mean([a == b for a, c, b in asked]) - (7 + by_chance) / 8) < 0.01
-
-
-def test_elsewhere_backcopy_is_a_markov_chain_with_rows_drawn_from_a_dirichlet(backcopy):
     for c in "abdefgh":  # no triggers
-        after = collections.Counter(b for a, b in zip(backcopy, backcopy[1:]) if a == c)
-        assert all(abs(after[b] / after.total() - chance) < 0.04 for b, chance in row_of(c).items())
+        after = collections.Counter(b for a, b in zip(text, text[1:]) if a == c)
+        assert all(abs(after[b] / after.total() - chance) < 0.04 for b, chance in rows[c].items())
 
 
-def test_backcopy_is_the_same_text_everywhere():
-    digest = hashlib.sha256(prepare.backcopy_text(20_000).encode()).hexdigest()
+def test_backcopy_is_the_same_text_everywhere_one_stream_of_bytes_cut_at_95_percent(root):
+    text = prepare.backcopy_text(20_000)
+    digest = hashlib.sha256(text.encode()).hexdigest()
     assert digest == "9cd4eba817b4ca289f3212bf930a3c937203cab592bd9e6aff1efddfacd42a39"
-    assert prepare.backcopy_text(20_000, seed=1) != prepare.backcopy_text(20_000)
-
-
-def test_backcopy_is_one_stream_of_bytes_cut_at_95_percent(root):
+    assert prepare.backcopy_text(20_000, seed=1) != text
     prepare.prepare_backcopy(chars=20_000)
     meta, tokens = load("backcopy")
     assert (meta["tokenizer"], len(tokens["train"]), len(tokens["val"])) == ("bytes", 19_000, 1_000)
-    assert bytes([*tokens["train"], *tokens["val"]]).decode() == prepare.backcopy_text(20_000)
+    assert bytes([*tokens["train"], *tokens["val"]]).decode() == text
 
 
 # --- recall -----------------------------------------------------------------------------------------
-
 
 def test_a_letter_keeps_its_digit_nine_times_in_ten_and_rare_letters_stand_far_apart():
     text = prepare.recall_text(200_000)
@@ -257,14 +235,11 @@ def test_recall_is_the_same_text_everywhere():
 
 # --- downloads, without a network -------------------------------------------------------------------
 
-
 SHARDS = {f"fineweb_{name}.bin": np.random.default_rng(i).integers(0, 50257, 20_000 + i)
           for i, name in enumerate(("val_000000", "train_000001", "train_000002"))}
 
 
-@pytest.fixture
-def hub(offline, monkeypatch):
-    """A huggingface_hub that has three small shards; returns the list of what was asked of it."""
+def test_shards_of_fineweb_are_joined_in_order_without_their_headers(root, offline, monkeypatch):
     asked = []
 
     def hf_hub_download(repo_id, filename, *, repo_type, local_dir):
@@ -272,24 +247,17 @@ def hub(offline, monkeypatch):
         write_files(Path(local_dir), {filename: bytes(1024) + SHARDS[filename].astype("<u2").tobytes()})
         return str(Path(local_dir, filename))
 
-    module = types.SimpleNamespace(hf_hub_download=hf_hub_download)
-    monkeypatch.setitem(sys.modules, "huggingface_hub", module)
-    return asked
-
-
-def test_shards_of_fineweb_are_joined_in_order_without_their_headers(root, hub):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # as where it is not installed
+    assert "pip install huggingface_hub" in refusal(prepare.main, "fineweb --shards=2")
+    hub = types.SimpleNamespace(hf_hub_download=hf_hub_download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     assert status_of(prepare.main, "fineweb --shards=2")[0] == 0
     meta, tokens = load("fineweb")
     val, first, second = SHARDS.values()
     assert np.array_equal(tokens["train"], [*first, *second]) and np.array_equal(tokens["val"], val)
     assert (meta["tokenizer"], meta["bos"], meta["vocab_size"]) == ("gpt2", 50256, 50257)
     assert meta["val"]["bytes"] is None  # GPT-2's vocabulary would say, but there is no network for it here
-    assert {*hub} == {("kjj0/fineweb10B-gpt2", "dataset", name) for name in SHARDS}
-
-
-def test_without_huggingface_hub_one_is_told_what_to_install(root, monkeypatch):
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # as where it is not installed
-    assert "pip install huggingface_hub" in refusal(prepare.main, ["fineweb"])
+    assert {*asked} == {("kjj0/fineweb10B-gpt2", "dataset", name) for name in SHARDS}
 
 
 @pytest.fixture
@@ -325,7 +293,6 @@ def test_without_shakespeare_one_is_told_what_to_do(shakespeare, root, monkeypat
 
 
 # --- what is text -----------------------------------------------------------------------------------
-
 
 def test_text_is_utf8_with_its_line_ends_but_without_a_byte_order_mark():
     text = "naïve\r\n東京\r🙂\n\ufeff"
@@ -377,7 +344,6 @@ def test_each_text_counts_once_even_if_it_is_there_under_several_names(tmp_path,
 
 # --- train and val ----------------------------------------------------------------------------------
 
-
 def test_one_file_gives_its_last_twentieth_to_val_in_a_set_of_its_name(tmp_path, root):
     prepare_files([write_files(tmp_path, {"my notes!.old.txt": TEXT}) / "my notes!.old.txt"])
     assert texts_of("my-notes-.old") == {"train": [TEXT[:5415]], "val": [TEXT[5415:]]}
@@ -419,7 +385,6 @@ def test_where_one_file_is_most_of_the_text_the_end_of_each_file_is_held_out(tmp
 
 # --- your own sets ----------------------------------------------------------------------------------
 
-
 @pytest.mark.parametrize("flags, said", [
     ("notes.txt --name=small", "small is there already: --overwrite replaces it"),
     ("haiku.txt", "haiku.txt and so on have 1,900 characters of text: give at least 2,000"),
@@ -430,15 +395,10 @@ def test_where_one_file_is_most_of_the_text_the_end_of_each_file_is_held_out(tmp
 def test_what_cannot_be_made_is_refused_without_a_trace(flags, said, notes, small, root, monkeypatch):
     monkeypatch.chdir(notes.parent)
     Path("haiku.txt").write_text("An old silent pond\n" * 100)
+    Path("fineweb").write_text(TEXT)  # a set wins over a file of its name
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
     assert said in refusal(prepare.main, flags)
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
-
-
-def test_a_set_wins_over_a_file_of_the_same_name(notes, monkeypatch):
-    monkeypatch.chdir(notes.parent)
-    notes.rename("fineweb")
-    assert "shards=0" in refusal(prepare.main, "fineweb --shards=0")
 
 
 def test_the_command_writes_to_the_folder_of_the_variable_without_waiting_for_torch(notes, root):
@@ -451,12 +411,11 @@ def test_the_command_writes_to_the_folder_of_the_variable_without_waiting_for_to
 
 # --- opening a set ----------------------------------------------------------------------------------
 
-
 def test_a_missing_set_is_answered_with_what_is_there_and_the_command(small):
-    with pytest.raises(FileNotFoundError, match="no data set smal .*sets there: small.*FILES --name=smal "):
-        load("smal")
-    with pytest.raises(FileNotFoundError, match="make it with `python data/prepare.py fineweb`"):
-        load("fineweb")
+    for name, said in {"smal": "no data set smal .*sets there: small.*FILES --name=smal ",
+                       "fineweb": "make it with `python \\S*data/prepare.py fineweb`"}.items():
+        with pytest.raises(FileNotFoundError, match=said):
+            load(name)
 
 
 @pytest.mark.parametrize("name, damage", [
@@ -468,8 +427,8 @@ def test_a_damaged_set_is_refused_with_the_command_that_makes_it(name, damage, s
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:damage] if isinstance(damage, int) else damage)
-    command = "python data/prepare.py FILES --name=small --overwrite"
-    with pytest.raises(ValueError, match=f"{small} is not whole .*make it again with `{command}`"):
+    command = r"`python \S*data/prepare.py FILES --name=small --overwrite`"
+    with pytest.raises(ValueError, match=f"{small} is not whole .*make it again with {command}"):
         load("small")
 
 
@@ -492,7 +451,6 @@ def test_the_tokens_are_mapped_from_disk_but_cannot_be_changed(small):
 
 
 # --- a kill, a full disk, two runs at once ----------------------------------------------------------
-
 
 def make(text, notes):
     """Make the set `small`, or replace it."""

@@ -128,7 +128,6 @@ def test_a_tokenizer_is_where_it_was_or_beside_what_needs_it(there, found, tmp_p
 
 # ---- checkpoints -------------------------------------------------------------------------------------
 
-
 @pytest.fixture
 def saved(tmp_path):
     """The path of a checkpoint."""
@@ -244,16 +243,9 @@ def test_a_folder_with_a_run_needs_overwrite_which_removes_only_the_files_of_the
 FIELDS = {f.name: f.default for cls in (train.TrainConfig, GPTConfig) for f in dataclasses.fields(cls)}
 
 
-@pytest.fixture
-def parser():
-    parser = flags.parser_of("What it does.\n\nReading order: a -> b.", "x.py", "[--flag=value ...]")
-    flags.add_flags(parser, train.TrainConfig, GPTConfig)
-    return parser
-
-
-def test_every_field_is_a_flag_with_a_group_a_line_of_help_and_its_default(parser):
-    shown = {}
-    for group in re.split(r"\n\n(?=[a-z ]+:\n  -)", parser.format_help())[2:]:
+def test_every_field_is_a_flag_with_a_group_a_line_of_help_and_its_default():
+    shown, text = {}, status_of(train.parse_flags, "--help")[1].split("\n\npresets:")[0]
+    for group in re.split(r"\n\n(?=[a-z ]+:\n  -)", text)[2:]:
         title, *entries = re.split(r":?\n(?=  -)", group)
         assert title in "run optimisation evaluation machine model gate mixture of experts"
         for entry in entries:
@@ -266,38 +258,32 @@ def test_every_field_is_a_flag_with_a_group_a_line_of_help_and_its_default(parse
         assert default is None or shown[name] == f"[{text}]", name
 
 
-@pytest.mark.parametrize("flag", ["--n_lay=2", "--learn=1", "--gate=g9", "--n_layer=two", "--n_layer=1.5",
-                                  "--dropout=x", "--qk_norm=1", "--nosuch", "stray"])
-def test_a_flag_that_is_shortened_or_unknown_or_has_a_wrong_value_is_refused(parser, flag):
-    status, _, said = status_of(parser.parse_args, [flag])
-    assert status == 2 and flag.split("=")[0].lstrip("-") in said.splitlines()[-1]
-
-
-@pytest.mark.parametrize("words, said", [
+@pytest.mark.parametrize("words, said", [  # shortened, unknown, a wrong value, or a habit from nanoGPT
+    ("--n_lay=2", "did you mean --n_layer?"), ("--learn=1", "--learn"), ("--gate=g9", "invalid choice: 'g9'"),
+    ("--n_layer=two", "--n_layer: invalid int value: 'two'"), ("--n_layer=1.5", "invalid int value: '1.5'"),
+    ("--dropout=x", "invalid float value: 'x'"), ("--qk_norm=1", "say --qk_norm/--no-qk_norm, without the"),
     ("--compile=False", "error: say --compile/--no-compile, without the value 'False'"),
     ("--block-size=64", "did you mean --block_size?"), ("--lr=1", "did you mean --learning_rate?"),
     ("--max_iters=9", "did you mean --max_steps?"), ("--num_samples=3", "did you mean --seed=1, and --seed="),
     ("--out_dir=x", "did you mean --out?"), ("--dtype=float16", "choose from"),
     ("config/train_shakespeare_char.py", "--help shows flags and presets"),
     ("--wandb_log=True", "--wandb_log=True: --help shows flags and presets")])
-def test_a_habit_from_nanogpt_is_answered_with_how_it_is_said_here(parser, words, said):
-    status, _, err = status_of(parser.parse_args, words)
+def test_a_flag_that_there_is_not_is_answered_with_how_it_is_said_here(words, said):
+    status, _, err = status_of(train.parse_flags, words)
     assert status == 2 and said in err.splitlines()[-1] and len(err.splitlines()) == 2
 
 
-def test_a_tilde_is_the_home_folder_in_every_flag_that_is_a_name_or_a_path(parser, monkeypatch):
+def test_a_tilde_is_the_home_folder_in_every_flag_that_is_a_name_or_a_path(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    parser.add_argument("--ckpt")
-    parser.add_argument("--results", type=Path)
-    parser.add_argument("--prompt", type=flags.utf8)
-    found = parser.parse_args(["--out=~/run", "--init_from=~/a b", "--ckpt=~", "--results=~/r",
-                               "--prompt=~/x"])
-    assert (found.out, found.init_from, found.ckpt) == ("/home/me/run", "/home/me/a b", "/home/me")
-    assert (found.results, found.prompt) == (Path("/home/me/r"), "~/x")
+    parser = flags.Parser()
+    for name, kind in (("ckpt", None), ("results", Path), ("prompt", flags.utf8)):
+        parser.add_argument(f"--{name}", type=kind)
+    found = parser.parse_args(["--ckpt=~", "--results=~/r", "--prompt=~/x"])
+    assert (found.ckpt, found.results, found.prompt) == ("/home/me", Path("/home/me/r"), "~/x")
+    assert train.parse_flags(["--init_from=~/a b"]) == {"init_from": "/home/me/a b"}
 
 
 # ---- how a script ends -------------------------------------------------------------------------------
-
 
 def raises(error):
     def main(argv=None):
@@ -358,7 +344,6 @@ def test_a_printed_command_runs_from_where_one_stands_in_this_systems_shell(monk
 
 
 # ---- the machine -------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("name", ["cuda", "cuda:99", "meta", "nonsense", "", "cpu:x", "xpu", "vulkan"])
 def test_a_missing_device_is_refused_in_one_short_sentence(name, monkeypatch):

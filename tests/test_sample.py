@@ -67,7 +67,6 @@ def greedy(run, tokens, n):
 
 # --- the text ---------------------------------------------------------------------------------------
 
-
 class Terminal(io.StringIO):
     """Remembers what could be read on it at the last flush."""
     visible = ""
@@ -140,7 +139,6 @@ def test_a_text_ends_at_bos_which_is_not_printed_unless_no_stop_is_given(run, mo
 
 
 # --- where the attention goes -----------------------------------------------------------------------
-
 
 def rows_of(said):
     return [row.split() for row in said.splitlines() if re.match(r" +\d ", row)]
@@ -216,7 +214,6 @@ def test_attn_map_that_cannot_be_drawn_is_refused(run, monkeypatch):
 
 # --- which checkpoint -------------------------------------------------------------------------------
 
-
 def test_the_newest_run_is_the_default_with_its_best_checkpoint_first(run):
     for name in ("older", "newest", "old"):
         shutil.copytree(run, Path("out", name))
@@ -233,7 +230,6 @@ def test_ckpt_is_a_folder_or_a_file(run):
 
 
 # --- mistakes ---------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("flags, said", [
     *((f"--{number}", rf": {number} must be at least [01], ") for number in (
