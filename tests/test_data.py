@@ -174,9 +174,6 @@ def test_each_file_of_the_standard_library_is_whole_in_one_split_and_a_twentieth
     assert len(files) > 500 and folder / "textwrap.py" in files and len(val) == round(len(files) / 20)
     expected = collections.Counter(path.read_bytes().decode("utf-8-sig") for path in files)
     assert collections.Counter(train + val) == expected
-
-
-def test_meta_counts_tokens_and_bytes_beside_the_hash_of_each_file(python_set):
     meta, tokens, texts = {**python_set[0]}, *python_set[1:3]
     for split in ("train", "val"):
         assert meta.pop(split) == {
@@ -294,11 +291,6 @@ def test_without_shakespeare_one_is_told_what_to_do(shakespeare, root, monkeypat
 
 # --- what is text -----------------------------------------------------------------------------------
 
-def test_text_is_utf8_with_its_line_ends_but_without_a_byte_order_mark():
-    text = "naïve\r\n東京\r🙂\n\ufeff"
-    assert prepare.text_of(text.encode()) == prepare.text_of(codecs.BOM_UTF8 + text.encode()) == text
-
-
 @pytest.mark.parametrize("content, reason", [
     (b"ab\0cd", "is not text: byte 2 is NUL"), ("speech".encode("utf-16-le"), "is not text: byte 1 is NUL"),
     ("ab naïve".encode("latin-1"), "is not UTF-8 text: see byte 5")])
@@ -306,6 +298,8 @@ def test_what_is_not_text_is_refused_alike_from_a_file_as_from_standard_input(
         content, reason, tmp_path, monkeypatch):
     write_files(tmp_path, {"text.txt": content})
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="ascii"))
+    text = "naïve\r\n東京\r🙂\n\ufeff"  # line ends stay, but not a byte order mark in front
+    assert prepare.text_of(text.encode()) == prepare.text_of(codecs.BOM_UTF8 + text.encode()) == text
     for path in (tmp_path / "text.txt", "-"):
         with pytest.raises(ValueError, match=f"^{path} {reason}$"):
             prepare.read_text(path)
@@ -328,9 +322,12 @@ def test_in_a_folder_what_is_hidden_or_empty_is_left_out_and_what_is_no_text_is_
 
 
 @pytest.mark.parametrize("name", ["chat.jsonl", "page.HTML", "lab.ipynb", "table.tsv"])
-def test_a_file_of_markup_is_learned_with_a_warning(name, tmp_path, root, capsys):
+def test_a_file_is_a_set_of_its_name_with_a_warning_if_it_is_markup(name, tmp_path, root, capsys):
     prepare_files([write_files(tmp_path, {name: TEXT}) / name])
     assert capsys.readouterr().err == f"{name} is learned as it is, with all its markup\n"
+    prepare_files([write_files(tmp_path, {"my notes!.old.txt": TEXT}) / "my notes!.old.txt"])
+    assert texts_of("my-notes-.old") == {"train": [TEXT[:5415]], "val": [TEXT[5415:]]}  # its last twentieth
+    assert not capsys.readouterr().err
 
 
 def test_each_text_counts_once_even_if_it_is_there_under_several_names(tmp_path, root, capsys):
@@ -343,11 +340,6 @@ def test_each_text_counts_once_even_if_it_is_there_under_several_names(tmp_path,
 
 
 # --- train and val ----------------------------------------------------------------------------------
-
-def test_one_file_gives_its_last_twentieth_to_val_in_a_set_of_its_name(tmp_path, root):
-    prepare_files([write_files(tmp_path, {"my notes!.old.txt": TEXT}) / "my notes!.old.txt"])
-    assert texts_of("my-notes-.old") == {"train": [TEXT[:5415]], "val": [TEXT[5415:]]}
-
 
 def test_of_many_files_whole_ones_are_held_out_which_depends_on_their_names_below_the_folder(tmp_path, root):
     files = {f"{i % 2}/{i}.txt": f"file {i:02}\n" * 30 for i in range(40)}

@@ -26,7 +26,7 @@ from test_model import VARIANTS, every_variant
 import train
 from data import prepare
 from data.tokenizers import get_tokenizer
-from gated_gpt import GPT, uniform_share
+from gated_gpt import GPT, measure, uniform_share
 from plumbing import checkpoint
 from plumbing.flags import command
 
@@ -400,18 +400,6 @@ def test_an_orthogonal_update_keeps_the_singular_vectors_and_makes_all_singular_
 
 # ---- the losses ------------------------------------------------------------------------------------
 
-def test_the_validation_loss_is_the_mean_over_evenly_spaced_windows_without_dropout():
-    row = fit(out="run", dropout=0.5, eval_windows=7)[-1]
-    model, losses = checkpoint.load("run/last.pt")[0].eval(), []
-    tokens = prepare.load("tiny")[1]["val"].tolist()
-    for i in range(7):
-        begin = int(i * (len(tokens) - 8) / 6)
-        window = tokens[begin:begin + 8]
-        logits = model(torch.tensor([[256, *window[:-1]]]))[0][0].detach()
-        losses += [-logits[t].log_softmax(-1)[target].item() for t, target in enumerate(window)]
-    assert row["val_loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-6)
-
-
 def test_a_row_is_about_the_steps_since_the_row_before():
     losses, before = [], 0
     with watching(lambda model, inputs, output: losses.append(output[1].item()) if model.training else None):
@@ -424,13 +412,20 @@ def test_a_row_is_about_the_steps_since_the_row_before():
         before = row["seconds"]
 
 
-def test_bits_per_byte_are_nats_over_ln_2_times_tokens_per_byte():
-    for name in ("words", "tiny"):
-        meta, splits = prepare.load(name)
-        tokens, tokenizer = splits["val"].tolist(), get_tokenizer(meta["tokenizer"])
-        size = len(tokenizer.decode_bytes([token for token in tokens if token != meta["bos"]]))
-        row = fit(data=name)[-1]
-        assert row["bits_per_byte"] == pytest.approx(row["val_loss"] / math.log(2) * len(tokens) / size)
+@pytest.mark.parametrize("name", ["words", "tiny"])
+def test_the_validation_loss_is_the_mean_over_evenly_spaced_windows_without_dropout_also_per_byte(name):
+    row = fit(data=name, out="run", dropout=0.5, eval_windows=7)[-1]
+    model, losses = checkpoint.load("run/last.pt")[0].eval(), []
+    meta, splits = prepare.load(name)
+    tokens, bos = splits["val"].tolist(), meta["bos"]
+    for i in range(7):
+        begin = int(i * (len(tokens) - 8) / 6)
+        window = tokens[begin:begin + 8]
+        logits = model(torch.tensor([[bos, *window[:-1]]]))[0][0].detach()
+        losses += [-logits[t].log_softmax(-1)[target].item() for t, target in enumerate(window)]
+    assert row["val_loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-6)
+    size = len(get_tokenizer(meta["tokenizer"]).decode_bytes([token for token in tokens if token != bos]))
+    assert row["bits_per_byte"] == pytest.approx(row["val_loss"] / math.log(2) * len(tokens) / size)
     # GPT-2's tokens can be prepared without a network, and then nobody knows how many bytes they stand for.
     config, c = configs(vocab_size=1000)
     model, unknown = GPT(config), {"bytes": None, "tokens": 5}
@@ -470,6 +465,10 @@ def test_a_row_holds_means_over_layers_and_the_log_file_holds_the_rows(fields):
             means = np.mean([layer[name] for layer in row["layers"]])
             assert row[name] == pytest.approx(means, nan_ok=True)
             assert row["uniform_share"] == uniform_share(8)
+    if "layers" in log[-1]:  # which are about 64 windows, evenly spaced
+        val_set = train.open_data(*configs(**fields), torch.device("cpu"))[3]
+        layers = measure(checkpoint.load("run/last.pt")[0], val_set.at(val_set.spaced(64))[0])
+        torch.testing.assert_close(log[-1]["layers"], layers, equal_nan=True, rtol=1e-6, atol=0)
 
 
 def test_best_is_the_checkpoint_with_the_lowest_validation_loss():
@@ -528,33 +527,24 @@ def test_init_from_what_does_not_fit_is_refused(old, words, said):
     (dict(gate="g1"), dict(gate="none"), "left out: its gate"),
     (dict(gate="g1"), dict(gate="g5"), "new: gate, left out: its gate"),
     (dict(gate="g1"), dict(gate="g1", gate_kind="headwise"), "new: gate, left out: its gate"),
-    (dict(gate="none"), dict(gate="none", attention="learned"), "new: sdpa")], ids=str)
-def test_init_from_with_another_gate_takes_all_other_weights_and_says_so(old, new, said):
+    (dict(gate="none"), dict(gate="none", attention="learned"), "new: sdpa"),
+    *((dict(gate="none"), dict(gate="g1", train_only="gate", optimizer=optimizer), "new: gate")
+      for optimizer in ("adamw", "muon"))], ids=str)
+def test_init_from_with_another_gate_takes_all_other_weights_which_stay_if_only_the_gate_is_trained(
+        old, new, said):
     fit(out="old", **old)
-    told = []
-    model, _ = train.train(*configs(out="new", init_from="old", learning_rate=0.0, **new), told.append)
+    told, trained = [], "train_only" in new
+    config, c = configs(init_from="old", learning_rate=1e-2 if trained else 0.0, eval_every=2, **new)
+    model, _ = train.train(config, dataclasses.replace(c, out="new"), told.append)
     assert f"with the weights of old, {said}\n" in "\n".join(told)
     torch.manual_seed(0)
     fresh, there = GPT(model.config).state_dict(), weights("old/best.pt")
     for name, p in model.state_dict().items():
         is_new = ".gate." in name or ".sdpa." in name
-        assert torch.equal(p, fresh[name] if is_new else there[name]), name
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_training_only_the_gate_changes_only_the_gate(optimizer):
-    fit(out="old", gate="none")
-    fields = dict(init_from="old", gate="g1", train_only="gate", optimizer=optimizer)
-    config, c = configs(out="whole", eval_every=2, **fields)
-    model, _ = train.train(config, c, quiet)
-    torch.manual_seed(0)
-    fresh, there = GPT(model.config).state_dict(), weights("old/best.pt")
-    for name, p in model.state_dict().items():
-        is_gate = ".gate." in name
-        assert torch.equal(p, fresh[name] if is_gate else there[name]) != is_gate, name
-    fit(out="half", eval_every=2, **fields | dict(max_steps=2))
+        assert torch.equal(p, fresh[name] if is_new else there[name]) != (is_new and trained), name
+    train.train(config, dataclasses.replace(c, out="half", max_steps=2), quiet)
     train.train(config, dataclasses.replace(c, out="half", resume=True), quiet)
-    assert_same(weights("half/last.pt"), weights("whole/last.pt"))
+    assert_same(weights("half/last.pt"), weights("new/last.pt"))
 
 
 # ---- presets and flags -----------------------------------------------------------------------------
