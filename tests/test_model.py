@@ -314,13 +314,11 @@ def test_the_defaults_are_a_small_model_with_the_usual_constants_and_a_gate_at_g
 
 
 @pytest.mark.parametrize("attention", ["softmax1", "learned", "softpick"])
-def test_other_attentions_agree_with_plain_loops_and_stay_finite_at_scores_of_any_size(attention):
+def test_other_attentions_stay_finite_at_scores_of_any_size(attention):
     for size in (1e-4, 1.0, 1e3):
         model, idx = lively(tiny(attention=attention, qk_norm=False)), tokens(2, 8)
         for block in model.blocks:
             torch.nn.init.normal_(block.attn.q_proj.weight, std=size)
-        if size <= 1:  # above, exp() overflows in the loops
-            assert_agrees_with_loops(model)
         model(idx, idx)[1].backward()
         assert all(torch.isfinite(p.grad).all() for p in model.parameters()), size
 
