@@ -294,7 +294,7 @@ def test_without_shakespeare_one_is_told_what_to_do(shakespeare, root, monkeypat
 @pytest.mark.parametrize("content, reason", [
     (b"ab\0cd", "is not text: byte 2 is NUL"), ("speech".encode("utf-16-le"), "is not text: byte 1 is NUL"),
     ("ab naïve".encode("latin-1"), "is not UTF-8 text: see byte 5")])
-def test_what_is_not_text_is_refused_alike_from_a_file_as_from_standard_input(
+def test_text_is_utf8_with_its_line_ends_and_what_is_not_is_refused_alike_in_a_file_and_standard_input(
         content, reason, tmp_path, monkeypatch):
     write_files(tmp_path, {"text.txt": content})
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="ascii"))
@@ -339,7 +339,7 @@ def test_each_text_counts_once_even_if_it_is_there_under_several_names(tmp_path,
     assert capsys.readouterr().err == "left out, since each text counts once: 2 of 4 texts\n"
 
 
-# --- train and val ----------------------------------------------------------------------------------
+# --- your own sets ----------------------------------------------------------------------------------
 
 def test_of_many_files_whole_ones_are_held_out_which_depends_on_their_names_below_the_folder(tmp_path, root):
     files = {f"{i % 2}/{i}.txt": f"file {i:02}\n" * 30 for i in range(40)}
@@ -375,8 +375,6 @@ def test_where_one_file_is_most_of_the_text_the_end_of_each_file_is_held_out(tmp
     assert [text for text in texts["val"] if len(text) > 9] == [(TEXT * 3)[-855:]]
 
 
-# --- your own sets ----------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("flags, said", [
     ("notes.txt --name=small", "small is there already: --overwrite replaces it"),
     ("haiku.txt", "haiku.txt and so on have 1,900 characters of text: give at least 2,000"),
@@ -400,8 +398,6 @@ def test_the_command_writes_to_the_folder_of_the_variable_without_waiting_for_to
     assert done.stdout.endswith(f"{root / 'notes'}:\n5,416 tokens for train and 286 for val "
                                 "(bytes, 257 in the vocabulary)\n")
 
-
-# --- opening a set ----------------------------------------------------------------------------------
 
 def test_a_missing_set_is_answered_with_what_is_there_and_the_command(small):
     for name, said in {"smal": "no data set smal .*sets there: small.*FILES --name=smal ",

@@ -130,19 +130,15 @@ def turn(x, position, c):
     return out
 
 
-def gate_scores(c, w, x, heads, size):
-    """Scores for one token x: a list with one array per head."""
-    size = 1 if c.gate_kind == "headwise" else size
-    z = w["gate.gate_proj.weight"] @ x if c.gate_input else w["gate.constant"]
-    scores = [SCORE[c.gate_act](z[h * size:(h + 1) * size]) for h in range(heads)]
-    return [sum(scores) / heads] * heads if c.gate_shared else scores
-
-
 def apply_gate(c, w, heads, x, trace):
-    """Gate a list of heads (each an array of one token's channels)."""
-    scores = gate_scores(c, w, x, len(heads), len(heads[0]))
+    """Gate a list of heads (each an array of one token's channels) by the scores that x gives."""
+    size = 1 if c.gate_kind == "headwise" else len(heads[0])
+    z = w["gate.gate_proj.weight"] @ x if c.gate_input else w["gate.constant"]
+    scores = [SCORE[c.gate_act](part) for part in z.reshape(-1, size)]  # one array for each head
+    if c.gate_shared:
+        scores = [sum(scores) / len(heads)] * len(heads)
     trace.scores[-1].extend(np.concatenate(scores))
-    return [y * s if c.gate_op == "multiply" else y + s for y, s in zip(heads, scores)]
+    return [y * s if c.gate_op == "multiply" else y + s for y, s in zip(heads, scores, strict=True)]
 
 
 def queries_keys_values(c, w, x, position, trace):
@@ -528,8 +524,6 @@ def test_in_bfloat16_the_logits_are_nearly_the_same():
     for rounded in (products, weights):
         assert rounded.dtype == torch.bfloat16 and (rounded - exact).abs().max() < 0.05 * exact.abs().max()
 
-
-# ---- mixture of experts ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("n_expert, active, wanted", [  # wanted: this expert is, by all tokens
     (1, 1, None), (4, 2, None), (4, 3, None), (8, 8, None), (4, 1, 2), (4, 2, 2)])

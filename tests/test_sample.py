@@ -214,19 +214,18 @@ def test_attn_map_that_cannot_be_drawn_is_refused(run, monkeypatch):
 
 # --- which checkpoint -------------------------------------------------------------------------------
 
-def test_the_newest_run_is_the_default_with_its_best_checkpoint_first(run):
+def test_ckpt_is_a_folder_or_a_file_and_by_default_the_newest_run_with_its_best_checkpoint(run):
     for name in ("older", "newest", "old"):
         shutil.copytree(run, Path("out", name))
     for file in Path("out").glob("*/*.pt"):
         os.utime(file, (5, 5))
     os.utime("out/newest/last.pt", (10, 10))
     assert title() == "out/newest/best.pt: gate g1, step 30, data tiny"
-
-
-def test_ckpt_is_a_folder_or_a_file(run):
-    for name, read in {"out/tiny-g1": "best.pt", "out/tiny-g1/": "best.pt", "out/tiny-g1/last.pt": "last.pt",
-                       "out/tiny-g1/best.pt": "best.pt"}.items():
-        assert title(f"--ckpt={name}").startswith(f"{run / read}: ")
+    for name, read in {"": "best.pt", "/": "best.pt", "/last.pt": "last.pt", "/best.pt": "best.pt"}.items():
+        assert title(f"--ckpt=out/old{name}").startswith(f"out/old/{read}: ")
+    shutil.rmtree("out")
+    said = "there is no run with a checkpoint in out/: `python .*train.py` makes one"
+    assert re.search(said, refusal(sample.main, ""))
 
 
 # --- mistakes ---------------------------------------------------------------------------------------
@@ -247,11 +246,6 @@ def test_what_does_not_fit_is_refused_by_its_name(flags, said, run):
     for name, content in {"text.txt": b"Speak", "latin.txt": b"\xe9", "one.txt": b"a"}.items():
         Path(name).write_bytes(content)
     assert re.search(said, refusal(sample.main, flags))
-
-
-def test_without_any_run_the_command_that_makes_one_is_named():
-    said = refusal(sample.main, "")
-    assert re.search(r"there is no run with a checkpoint in out/: `python \S*train.py` makes one", said)
 
 
 def test_text_goes_through_a_pipe_of_any_encoding(run, shell):

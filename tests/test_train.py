@@ -201,8 +201,6 @@ def test_resuming_another_model_or_with_other_data_or_without_an_optimizer_is_re
             train.TrainConfig(resume=True, **fields)
 
 
-# ---- real processes --------------------------------------------------------------------------------
-
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM that a process can handle")
 def test_a_plain_kill_saves_and_names_a_command_that_goes_on(shell):
     words = [sys.executable, ROOT / "train.py", *flags(max_steps=10**6, eval_every=20, out="my run")]
@@ -273,7 +271,7 @@ def test_evaluating_and_measuring_do_not_change_the_training():
     assert_same_end("run0", "run2")
 
 
-# ---- windows ---------------------------------------------------------------------------------------
+# ---- windows, learning rate and optimizers ---------------------------------------------------------
 
 def windows(n, T):
     return train.Windows(np.arange(n, dtype=np.uint16), 999, T, torch.device("cpu"))
@@ -319,8 +317,6 @@ def test_windows_that_processes_cannot_share_evenly_are_refused():
     with pytest.raises(ValueError, match="batch_size=3 times grad_accum=3 is 9 windows .* 2 processes"):
         train.open_data(config, c, torch.device("cpu"), ranks=2)
 
-
-# ---- learning rate and optimizers ------------------------------------------------------------------
 
 @pytest.mark.parametrize("schedule, warmup, rates", [  # {step: its rate, as a fraction of the peak}
     ("cosine", 10, {0: 0.1, 4: 0.5, 9: 1.0, 10: 1.0, 35: 0.2 + 0.8 * (1 + math.sqrt(0.5)) / 2, 60: 0.6,
@@ -397,8 +393,6 @@ def test_an_orthogonal_update_keeps_the_singular_vectors_and_makes_all_singular_
     assert 0.65 < values.min() and values.max() < 1.25
     assert off.abs().max() < (0.05 if bfloat16 else 1e-4)
 
-
-# ---- the losses ------------------------------------------------------------------------------------
 
 def test_a_row_is_about_the_steps_since_the_row_before():
     losses, before = [], 0
@@ -654,8 +648,6 @@ def test_a_set_of_texts_shorter_than_a_window_is_said_to_have_more_bos_in_it(her
         train.train(*configs(data="short", block_size=T, max_steps=1), said.append)
         assert ("short texts: a window has 3.8 more BOS" in "".join(said)) == many
 
-
-# ---- number formats and compiling ------------------------------------------------------------------
 
 def test_in_bfloat16_the_products_are_rounded_and_the_weights_are_not():
     formats = set()
