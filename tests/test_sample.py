@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, configs, fit, quiet, refusal, status_of, watching
+from conftest import ROOT, configs, quiet, refusal, status_of, watching
 
 import sample
 import train
@@ -155,12 +155,6 @@ def test_attn_share_is_that_of_the_text_or_of_bos_with_the_end_of_a_longer_one(n
     assert (warning in said) == (n == 7)
     monkeypatch.setattr(sample, "SHORT", 10)  # tokens that are enough
     assert warning not in printed("--attn_share", *words)
-
-
-def test_a_model_without_a_gate_has_a_dash_instead_of_nan():
-    fit(gate="none", max_steps=1)
-    said = printed("--attn_share", "--tokens=5")
-    assert [row[6] for row in rows_of(said)] == ["-"] and "nan" not in said
 
 
 def test_a_text_is_measured_in_blocks_of_the_window_each_after_a_bos(run):

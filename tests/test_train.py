@@ -148,15 +148,6 @@ def test_a_stop_in_the_last_step_comes_too_late():
         assert [row["step"] for row in log] == [3, 6, 8]
 
 
-def test_a_finished_run_goes_on_with_more_steps():
-    log = fit(out="run", overwrite=True)
-    assert "run/last.pt is at step 6" in refusal(train.main, "--resume --out=run")
-    status, out, _ = status_of(train.main, "--resume --out=run --max_steps=9 --eval_every=2")
-    assert status == 0 and "run, resumed" in out
-    assert_same(content_of()["log"][:2], log)
-    assert [row["step"] for row in content_of()["log"]] == [3, 6, 8, 9]
-
-
 def test_the_command_line_resumes_the_newest_run_with_its_flags():
     fields = WHOLE | dict(optimizer="muon", seed=3, gate="g2", beta2=0.9)
     interrupt(5, **fields | dict(out="out/other"))
@@ -215,8 +206,12 @@ def test_a_plain_kill_saves_and_names_a_command_that_goes_on(shell):
     assert process.returncode == 130 and "Traceback" not in err and step >= 20, err
     assert f"stopped at step {step} and saved" in err
     goes_on = shlex.split(re.search(r"python \S*train\.py (.*)", err)[1])
-    status, out, _ = status_of(train.main, [*goes_on, f"--max_steps={step + 1}"])
-    assert status == 0 and "my run, resumed" in out and content_of("my run/last.pt")["step"] == step + 1
+    more, log = [*goes_on, f"--max_steps={step + 2}", "--eval_every=1"], content_of("my run/last.pt")["log"]
+    status, out, _ = status_of(train.main, more)
+    assert status == 0 and "my run, resumed" in out
+    assert [row["step"] for row in content_of("my run/last.pt")["log"][len(log):]] == [step + 1, step + 2]
+    assert_same(content_of("my run/last.pt")["log"][: len(log)], log)
+    assert f"last.pt is at step {step + 2} already" in refusal(train.main, more)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot copy a process")
@@ -257,7 +252,7 @@ def test_the_windows_of_a_step_depend_on_the_seed_and_the_step_only_and_not_on_t
     drawn = [tuple(targets.flatten().tolist()) for _, targets in base["train"] + other["train"]]
     assert len(set(drawn)) == len(drawn) == 12
     assert_same(base["val"], other["val"])
-    for change in (*VARIANTS.values(), dict(optimizer="muon"), dict(n_layer=2), dict(dropout=0.5)):
+    for change in (*[*VARIANTS.values()][1::4], dict(optimizer="muon"), dict(n_layer=2), dict(dropout=0.5)):
         assert_same(seen(**change), base)
     for change in (dict(eval_every=1), dict(max_steps=9), dict(eval_windows=20), dict(attn_share=True)):
         assert_same(seen(**change)["train"][:6], base["train"])
