@@ -3,6 +3,8 @@ import base64
 import codecs
 import hashlib
 import json
+import re
+import sys
 from functools import cache
 from itertools import takewhile
 from pathlib import Path
@@ -73,30 +75,63 @@ def byte_letters():
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
+PROBE = " Ab\t 1000 don't\n\n  naïve ﬁn 東京 🙂 </s>\r\n"  # a text that a tokenizer must give back
+
+
 class FolderTokenizer:
-    """A released model's tokenizer.json, read by the `tokenizers` package, with the methods of tiktoken."""
+    """A released model's tokenizer.json, read by the `tokenizers` package, with the methods of tiktoken.
+
+    Tokens are bytes written as letters (byte-level: GPT-2, Qwen, Llama 3), or letters, ▁ for a space, and
+    bytes such as <0x0A> (Llama 2, Mistral). `front`: the ids that it puts in front of a text, often none.
+    """
+    said = False  # that letters are changed
 
     def __init__(self, folder):
         try:
             from tokenizers import Tokenizer  # asked for only here
         except ImportError:
             raise ValueError(f"the tokenizer in {folder} needs a package: pip install tokenizers") from None
-        path = Path(folder, "tokenizer.json")
+        self.path = path = Path(folder, "tokenizer.json")
         try:
             self.tokenizer = Tokenizer.from_file(str(path))
-            self.special = {t.content: i for i, t in self.tokenizer.get_added_tokens_decoder().items()
-                            if t.special}
+            added = self.tokenizer.get_added_tokens_decoder()
         except Exception as error:  # the package raises plain Exception
             raise ValueError(f"{path} is no tokenizer that can be read: {why(path, error)}") from None
+        self.tokenizer.no_truncation()  # somebody may have saved it while it cut texts, or filled them up
+        self.tokenizer.no_padding()
         self.tokenizer.encode_special_tokens = True  # a text that says <|endoftext|> means these letters
-        self.n_vocab = max(self.tokenizer.get_vocab().values()) + 1
+        self.special = {t.content: i for i, t in added.items() if t.special}
+        letters = byte_letters() if "ByteLevel" in str(self.tokenizer.decoder) else {}
+
+        def meaning(text):
+            if letters:
+                return b"".join(bytes([letters[c]]) if c in letters else c.encode() for c in text)
+            byte = re.fullmatch("<0x([0-9A-F]{2})>", text)
+            return bytes.fromhex(byte[1]) if byte else text.replace("▁", " ").encode()
+
+        self.bytes = {i: meaning(text) for text, i in self.tokenizer.get_vocab().items()}
+        self.bytes |= {i: t.content.encode() for i, t in added.items()}  # these are written as they are
+        self.n_vocab = max(self.bytes) + 1
+        read = b"".join(map(self.bytes.get, self.ids(PROBE))).decode(errors="replace")
+        if read not in (PROBE, f" {PROBE}"):  # Llama 2's puts a space in front
+            raise ValueError(f"{path} makes {read!r} of {PROBE!r}, so that samples and bits per byte would "
+                             "be wrong: take a model that keeps a text as it is")
+        whole = self.ids("a", add_special_tokens=True)
+        self.front = whole[:whole.index(self.ids("a")[0])]
+
+    def ids(self, text, add_special_tokens=False):
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def encode_ordinary(self, text):
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        ids = self.ids(text)
+        if not self.said and sum(len(self.bytes[i]) for i in ids) - len(text.encode()) not in (0, 1):
+            print(f"{self.path} changes letters (Qwen's makes one of e and its accent): bits per byte count "
+                  "those that it makes of the text", file=sys.stderr)
+            self.said = True
+        return ids
 
     def decode_single_token_bytes(self, token):
-        text, letters = self.tokenizer.id_to_token(token) or "", byte_letters()
-        return bytes(letters[c] for c in text) if letters.keys() >= set(text) else text.encode()
+        return self.bytes.get(token, b"")
 
 
 def asked(folder, file):
@@ -109,15 +144,21 @@ def asked(folder, file):
 
 
 def bos_id(name):
-    """The id of the token that a text starts with. A released model's config.json names it."""
+    """The id that a text starts with: what a folder's tokenizer puts in front, or its config.json names."""
     if name in BOS:
         return BOS[name]
-    special, config = get_tokenizer(name).special, asked(name, "config.json")
-    for token in (config.get("bos_token_id"), config.get("eos_token_id"), special.get("<|endoftext|>")):
-        if token in special.values():
+    tokenizer, config = get_tokenizer(name), asked(name, "config.json")
+    for token in (*tokenizer.front, config.get("bos_token_id"), config.get("eos_token_id"),
+                  tokenizer.special.get("<|endoftext|>")):
+        if token in tokenizer.special.values():
             return token
     raise ValueError(f"{Path(name, 'config.json')} names no bos_token_id or eos_token_id that the tokenizer "
                      "has: add one")
+
+
+def front_ids(name):
+    """The ids in front of each text: our BOS, or what a folder's own tokenizer puts there, if anything."""
+    return [BOS[name]] if name in BOS else get_tokenizer(name).front
 
 
 def end_ids(name):
