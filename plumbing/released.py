@@ -1,10 +1,11 @@
 """
-The authors' released models, in and out: load_released, save_released.
+Other people's models, in and out: load_released, save_released.
 
-A folder of theirs holds config.json, tokenizer.json and model.safetensors, or several *.safetensors. All is
-named as in Hugging Face's Qwen3. Two things differ from ours: the names of the tensors, and that their q_proj
-makes queries and gates at once. Such a model has no BOS: a text starts with the prompt. The layout has no
-place for a BOS either, so a model of ours, once exported, shows no sink on it: measure its checkpoint.
+A folder of theirs holds config.json, tokenizer.json and model.safetensors, or several *.safetensors with an
+index. Two families are read: Llama, with Mistral where it has no sliding window; and Qwen3, with the paper's
+gates or without. Two things differ from ours: the names of the tensors, and that a gated q_proj makes queries
+and gates at once. What stands in front of a text is said by the folder's tokenizer. The layout has no place
+for our BOS, so a model of ours, once exported, shows no sink on it: measure its checkpoint.
 """
 import dataclasses
 import json
@@ -24,9 +25,13 @@ KEYS = {  # our field: their key in config.json
     "qk_norm": "use_qk_norm", "norm_eps": "rms_norm_eps", "tie_embeddings": "tie_word_embeddings"}
 ROPE_KEYS = {"rope_factor": "factor", "rope_trained": "original_max_position_embeddings"}  # with rope_scaling
 ROPES = {"default": "none", "linear": "linear", "yarn": "yarn"}  # their rope_type: our rope_scaling
-FIXED = {"model_type": "qwen3", "hidden_act": "silu", "use_sliding_window": False,
+FIXED = {"hidden_act": "silu", "use_sliding_window": False,
          "partial_rotary_factor": 1.0, "beta_fast": 32, "beta_slow": 1, "truncate": True,
          "attention_factor": None, "mscale": None, "quantization_config": None}  # must be so, or absent
+LLAMA = {"use_qk_norm": False, "head_dim": None, "num_key_value_heads": None, "rope_theta": 10000.0,
+         "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+FAMILIES = {  # model_type: what a config.json means that leaves out these keys
+    "qwen3": {"use_qk_norm": True}, "llama": LLAMA, "mistral": LLAMA | {"sliding_window": 4096}}
 TYPES = {f.name: f.type for f in dataclasses.fields(GPTConfig)}
 GATES = {"none": (False, False), "g1": (False, True), "g1-headwise": (True, False)}
 GATE_KEYS = "headwise_attn_output_gate", "elementwise_attn_output_gate"
@@ -63,12 +68,17 @@ def config_of(folder):
     """The GPTConfig of a folder. ValueError names what config.json lacks, or asks for and cannot have."""
     path = Path(folder, "config.json")
     try:
-        asked = {"use_qk_norm": True, **dict.fromkeys(GATE_KEYS, False), **json.loads(path.read_bytes())}
+        said = json.loads(path.read_bytes())
+        asked = dict.fromkeys(GATE_KEYS, False) | FAMILIES.get(said.get("model_type") or "qwen3", {}) | said
         for key in ("rope_scaling", "rope_parameters"):  # the second, with all of RoPE, is of transformers 5
             asked |= asked.get(key) or {}
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read: {why(path, error)}") from None
     wrong = [f"{key}={asked[key]!r}" for key, only in FIXED.items() if asked.get(key) not in (only, None)]
+    if (family := asked.get("model_type")) not in (*FAMILIES, None):
+        wrong.append(f"model_type={family!r}")
+    if family == "mistral" and asked["sliding_window"]:
+        wrong.append(f"sliding_window={asked['sliding_window']!r}")
     rope_type, keys = asked.get("rope_type") or asked.get("type", "default"), KEYS
     if rope_type != "default":
         keys = KEYS | ROPE_KEYS
@@ -97,15 +107,18 @@ def config_of(folder):
 
 
 def tensors_of(folder):
-    """{their name: tensor} of all *.safetensors in a folder; mapped from disk, not read."""
-    tensors, paths = {}, sorted(Path(folder).glob("*.safetensors"))
-    if not paths:
+    """{their name: tensor}, mapped from disk: of the index's files, else model.safetensors, else all."""
+    folder, path = Path(folder), Path(folder, "model.safetensors.index.json")
+    paths, tensors, load = [*folder.glob("model.safetensors")], {}, safetensors().load_file
+    try:
+        if path.exists():
+            paths = {folder / name for name in json.loads(path.read_bytes())["weight_map"].values()}
+        for path in sorted(paths or folder.glob("*.safetensors")):
+            tensors |= load(path)
+    except Exception as error:  # safetensors raises what the bytes lead it to
+        raise ValueError(f"{path} cannot be read: {why(path, error)}") from None
+    if not tensors:
         raise ValueError(f"{folder} holds no weights (*.safetensors): get them, too")
-    for path in paths:
-        try:
-            tensors |= safetensors().load_file(path)
-        except Exception as error:  # safetensors raises what the bytes lead it to
-            raise ValueError(f"{path} cannot be read: {why(path, error)}") from None
     return tensors
 
 
@@ -117,8 +130,8 @@ def load_released(folder, block_size=None):
     config, tensors = config_of(folder), tensors_of(folder)
     tensors = {name if name.startswith(("model.", "lm_head.")) else f"model.{name}": tensor
                for name, tensor in tensors.items()}  # some files leave out "model."
-    if any(name.endswith("_proj.bias") for name in tensors):
-        raise ValueError(f"{folder} has weights for attention_bias=True, which gated_gpt.py cannot make")
+    if biases := sorted(name for name in tensors if name.endswith("_proj.bias")):
+        raise ValueError(f"{folder} has biases ({biases[0]}), which gated_gpt.py cannot make")
     config = dataclasses.replace(config, block_size=block_size or config.block_size)
     with torch.device("meta"):  # names and shapes, but no numbers: drawing those would take seconds
         model = GPT(config)
@@ -144,17 +157,18 @@ def load_released(folder, block_size=None):
     return model
 
 
-def save_released(model, folder):
+def save_released(model, folder, **more):
     """Write config.json and model.safetensors, as load_released and the authors' code read them.
 
-    Raises ValueError for a model that the layout cannot describe, OSError when it cannot be written.
+    Without gate and QK-norm it is a Llama. `more`: keys of config.json, such as bos_token_id. ValueError for
+    a model that the layout cannot describe, OSError when it cannot be written.
     """
     model = getattr(model, "_orig_mod", model)  # if compiled
     c, gate, own = model.config, variant(model.config), dict(model.named_parameters())
     if gate not in GATES:
         raise ValueError(f"the released layout has no {gate}, only {', '.join(GATES)}: keep the checkpoint")
-    if c.rope_scaling == "ntk":
-        raise ValueError("the released layout has no rope_scaling=ntk: keep the checkpoint")
+    if (index := Path(folder, "model.safetensors.index.json")).exists():
+        raise ValueError(f"{index} names the files of another model: choose a new folder")
     tensors = {}
     for name, p in own.items():
         if ".attn.gate." not in name:
@@ -167,8 +181,10 @@ def save_released(model, folder):
         trained = c.rope_trained or round(c.block_size / c.rope_factor)
         says["rope_scaling"] = {"rope_type": c.rope_scaling, "factor": c.rope_factor,
                                 "original_max_position_embeddings": trained}
-    says |= dict(zip(GATE_KEYS, GATES[gate]), architectures=["Qwen3ForCausalLM"], qkv_bias=False,
-                 attention_bias=False, torch_dtype=str(model.embed.weight.dtype).removeprefix("torch."))
+    family = "llama" if gate == "none" and not c.qk_norm else "qwen3"
+    says |= dict(zip(GATE_KEYS, GATES[gate]), model_type=family, qkv_bias=False, attention_bias=False,
+                 architectures=[f"{family.capitalize()}ForCausalLM"],
+                 torch_dtype=str(model.embed.weight.dtype).removeprefix("torch."), **more)
     with whole_file(Path(folder, "model.safetensors")) as file:
         file.write(safetensors().save(tensors, metadata={"format": "pt"}))
     with whole_file(Path(folder, "config.json")) as file:

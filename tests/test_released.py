@@ -1,13 +1,13 @@
 """
-Claims about released models: their folders are read as described, written back, and refused for a reason.
+Claims about other people's models: their folders are read as described, written back, and refused for a
+reason.
 
-The folders are built here from the description of the layout, and the reference computes from their tensors
-in plain loops, row by row of the fused q_proj: nothing of the project is asked what the layout is. Their
-tokenizer is a small BPE with the pattern and the normal form of Qwen, made by the `tokenizers` package.
+The folders are built here from the description of the layout. Their tensors are taken apart row by row, and
+given to the plain loops of test_model.py: nothing of the project is asked what the layout is. One tokenizer
+is a small BPE with the pattern and the normal form of Qwen, another is like Llama 2's; both are made by the
+`tokenizers` package.
 """
-import cmath
 import json
-import math
 import random
 import re
 import shutil
@@ -15,16 +15,18 @@ import subprocess
 import sys
 import unicodedata
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, configs, fit, refusal, status_of
+from test_model import loop_forward
 
 import sample
 import train
 from data import prepare
-from data.tokenizers import bos_id, end_ids, get_tokenizer, token_bytes
+from data.tokenizers import TextOut, bos_id, end_ids, front_ids, get_tokenizer, token_bytes
 from gated_gpt import GPT, GPTConfig, measure
 from plumbing import machine
 from plumbing.released import load_released, save_released
@@ -44,6 +46,10 @@ CONFIG = dict(model_type="qwen3", hidden_size=20, num_hidden_layers=2, num_atten
               max_window_layers=28, torch_dtype="bfloat16", bos_token_id=3)
 GATES = {"none": {}, "headwise": dict(headwise_attn_output_gate=True),
          "elementwise": dict(elementwise_attn_output_gate=True)}
+GATE_KEYS = [f"{gate}_attn_output_gate" for gate in ("headwise", "elementwise")]
+QWEN_ONLY = ["use_qk_norm", *GATE_KEYS]
+LLAMA = dict(model_type="llama", use_qk_norm=False, hidden_size=24, without=[*QWEN_ONLY, "head_dim"])
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 TOKENS = [3, 0, 22, 7, 7, 15, 1, 9, 11]
 
 
@@ -52,7 +58,7 @@ TOKENS = [3, 0, 22, 7, 7, 15, 1, 9, 11]
 
 def gate_rows(config):
     """Rows of q_proj that are gates, for one head."""
-    headwise, elementwise = (config[f"{kind}_attn_output_gate"] for kind in ("headwise", "elementwise"))
+    headwise, elementwise = (config[key] for key in GATE_KEYS)
     return 1 if headwise else config["head_dim"] * elementwise
 
 
@@ -83,72 +89,51 @@ def write_folder(folder, tensors=None, shards=1, without=(), says=None, **change
     tensors = drawn_tensors(config) if tensors is None else tensors
     said = {key: value for key, value in (config | (says or {})).items() if key not in without}
     (folder / "config.json").write_text(json.dumps(said))
-    for i in range(shards):
-        name = "model" if shards == 1 else f"model-{i + 1:05}-of-{shards:05}"
+    names = ["model"] if shards == 1 else [f"model-{i + 1:05}-of-{shards:05}" for i in range(shards)]
+    for i, name in enumerate(names):
         save_file({n: tensors[n] for n in sorted(tensors)[i::shards]}, folder / f"{name}.safetensors")
     return config, tensors
 
 
-def normed(v, weight, eps):
-    return v if weight is None else v / math.sqrt(sum(x * x for x in v.tolist()) / len(v) + eps) * weight
-
-
-def rotated(v, position, config):
-    """Each pair of channels i and i + half as one complex number, turned by position * base^(-i / half).
-
-    "linear": factor times slower. "yarn": so from the pair on that turns once in the original window, not at
-    all up to the one that turns 32 times, and in between along a line; and v gets longer.
-    """
-    rope = config["rope_parameters"] or config["rope_scaling"] or {}
-    base, factor = rope.get("rope_theta", config["rope_theta"]), rope.get("factor", 1)
-    kind, half, turned, longer = rope.get("rope_type", rope.get("type")), len(v) // 2, [], 1
-    original = rope.get("original_max_position_embeddings", config["max_position_embeddings"])
-    for i, (a, b) in enumerate(zip(v[:half], v[half:])):
-        speed, slow = base ** (-i / half), kind == "linear"
-        if kind == "yarn":
-            pairs = [half * math.log(original / (turns * 2 * math.pi), base) for turns in (32, 1)]
-            start, end = max(0, math.floor(pairs[0])), min(len(v) - 1, math.ceil(pairs[1]))
-            slow, longer = min(1, max(0, (i - start) / (end - start))), 0.1 * math.log(factor) + 1
-        turned.append(longer * complex(a, b) * cmath.exp(1j * position * speed * (1 - slow + slow / factor)))
-    return torch.tensor([z.real for z in turned] + [z.imag for z in turned], dtype=v.dtype)
-
-
-def attention(x, w, config):
-    """Attention of one layer, for positions, key/value heads and the heads of their groups, one by one."""
-    hs, nkv, eps = config["head_dim"], config["num_key_value_heads"], config["rms_norm_eps"]
-    per_group, n_scores = config["num_attention_heads"] // nkv, gate_rows(config)
-    fused, out = w["q_proj"].view(nkv, -1, config["hidden_size"]), [[] for _ in x]
-    for g in range(nkv):
-        rows = slice(g * hs, (g + 1) * hs)
-        keys = [rotated(normed(w["k_proj"][rows] @ h, w.get("k_norm"), eps), t, config)
-                for t, h in enumerate(x)]
-        for j in range(per_group):
-            of_query = fused[g, j * hs : (j + 1) * hs]
-            first = per_group * hs + j * n_scores
-            for t, h in enumerate(x):
-                q = rotated(normed(of_query @ h, w.get("q_norm"), eps), t, config)
-                weights = [math.exp(float(q @ k) / math.sqrt(hs)) for k in keys[: t + 1]]
-                y = sum(a / sum(weights) * (w["v_proj"][rows] @ past) for a, past in zip(weights, x))
-                gate = 1 / (1 + torch.exp(-(fused[g, first : first + n_scores] @ h))) if n_scores else 1
-                out[t].append(y * gate)
-    return [w["o_proj"] @ torch.cat(heads) for heads in out]
+def taken_apart(tensors, config):
+    """The layout's tensors under our names, q_proj row by row: a group of key/value heads has the rows of
+    its queries, then those of its gates."""
+    hs, nkv = config["head_dim"], config["num_key_value_heads"]
+    per_group, weights = config["num_attention_heads"] // nkv, {}
+    names = {"model.embed_tokens": "embed", "model.norm": "norm", "model.layers": "blocks",
+             "input_layernorm": "attn_norm", "post_attention_layernorm": "mlp_norm", "self_attn": "attn"}
+    for name, tensor in tensors.items():
+        for theirs, ours in names.items():
+            name = name.replace(theirs, ours)
+        if name.endswith("q_proj.weight"):
+            queries, gates, rows = [], [], list(tensor)
+            for _ in range(nkv):
+                queries += [rows.pop(0) for _ in range(per_group * hs)]
+                gates += [rows.pop(0) for _ in range(per_group * gate_rows(config))]
+            weights[name] = torch.stack(queries)
+            if gates:
+                weights[name.replace("q_proj", "gate.gate_proj")] = torch.stack(gates)
+        else:
+            weights[name] = tensor
+    return weights
 
 
 def reference(tensors, config):
-    """Logits (T, V) of TOKENS in float64."""
-    tensors = {name: tensor.double() for name, tensor in tensors.items()}
-    eps, embedding = config["rms_norm_eps"], tensors["model.embed_tokens.weight"]
-    x = [embedding[token] for token in TOKENS]
-    for i in range(config["num_hidden_layers"]):
-        layer = {name.split(".")[-2]: tensor for name, tensor in tensors.items() if f"layers.{i}." in name}
-        normed_x = [normed(v, layer["input_layernorm"], eps) for v in x]
-        x = [a + b for a, b in zip(x, attention(normed_x, layer, config))]
-        for t, v in enumerate(x):
-            h = normed(v, layer["post_attention_layernorm"], eps)
-            gate = layer["gate_proj"] @ h
-            x[t] = v + layer["down_proj"] @ (gate / (1 + torch.exp(-gate)) * (layer["up_proj"] @ h))
-    head = embedding if config["tie_word_embeddings"] else tensors["lm_head.weight"]
-    return torch.stack([head @ normed(v, tensors["model.norm.weight"], eps) for v in x])
+    """Logits (T, V) of TOKENS in float64, in the plain loops of test_model.py."""
+    rope = config["rope_parameters"] or config["rope_scaling"] or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    scaled = {} if kind == "default" else dict(
+        rope_scaling=kind, rope_factor=rope["factor"],
+        rope_trained=rope.get("original_max_position_embeddings", config["max_position_embeddings"]))
+    c = GPTConfig(
+        vocab_size=config["vocab_size"], n_layer=config["num_hidden_layers"], n_embd=config["hidden_size"],
+        n_head=config["num_attention_heads"], n_kv_head=config["num_key_value_heads"],
+        head_dim=config["head_dim"], rope_base=rope.get("rope_theta", config["rope_theta"]),
+        norm_eps=config["rms_norm_eps"], qk_norm=config["use_qk_norm"],
+        tie_embeddings=config["tie_word_embeddings"], gate="g1" if gate_rows(config) else "none",
+        gate_kind="headwise" if config["headwise_attn_output_gate"] else "elementwise", **scaled)
+    model = SimpleNamespace(config=c, state_dict=lambda: taken_apart(tensors, config))
+    return torch.tensor(loop_forward(model, torch.tensor(TOKENS)).logits)
 
 
 def logits(model, tokens=TOKENS):
@@ -164,8 +149,8 @@ def furthest(a, b):
     dict(), dict(use_qk_norm=False), dict(tie_word_embeddings=True), dict(num_key_value_heads=1),
     dict(num_key_value_heads=4), dict(num_attention_heads=6, head_dim=2, num_hidden_layers=1), dict(shards=3),
     dict(rope_theta=1000000.0, rms_norm_eps=1e-2), dict(rope_scaling={"type": "linear", "factor": 4}),
-    dict(rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}),
-    dict(rope_scaling={"rope_type": "default"}), dict(without=["rope_theta"], rope_parameters={
+    dict(rope_scaling=YARN), dict(rope_scaling={"rope_type": "default"}),
+    dict(without=["rope_theta"], rope_parameters={
         "rope_type": "yarn", "factor": 2.0, "rope_theta": 50.0, "beta_fast": 32.0, "attention_factor": None}),
     dict(without=["rope_theta"], rope_parameters={"rope_type": "default", "rope_theta": 70})], ids=str)
 @pytest.mark.parametrize("gate", GATES)
@@ -174,6 +159,25 @@ def test_a_released_folder_gives_the_logits_of_a_forward_in_plain_loops(gate, ch
     model, expected = load_released(tmp_path), reference(tensors, config)
     assert expected.std() > 0.5 and furthest(logits(model), expected) < 1e-5
     assert variant(model.config) == {"none": "none", "headwise": "g1-headwise", "elementwise": "g1"}[gate]
+
+
+@pytest.mark.parametrize("changes", [
+    dict(), dict(tie_word_embeddings=True), dict(without=QWEN_ONLY, hidden_size=20), dict(rope_scaling=YARN),
+    dict(model_type="mistral", sliding_window=None),
+    dict(rope_theta=10000.0, rms_norm_eps=1e-6, num_key_value_heads=4,  # what a config.json need not say
+         without=[*QWEN_ONLY, "head_dim", "rope_theta", "rms_norm_eps", "num_key_value_heads",
+                  "tie_word_embeddings"]),
+    dict(without=[*QWEN_ONLY, "head_dim", "rope_theta", "rope_scaling"],  # as transformers 5 writes it
+         rope_parameters={"rope_type": "default", "rope_theta": 70.0})], ids=str)
+def test_so_does_a_llama_which_has_no_qk_norm_and_need_not_say_its_head_dim(changes, tmp_path):
+    config, tensors = write_folder(tmp_path, **(LLAMA | changes))
+    model, expected = load_released(tmp_path), reference(tensors, config)
+    assert expected.std() > 0.5 and furthest(logits(model), expected) < 1e-5
+    assert variant(model.config) == "none"
+    save_released(model, tmp_path / "again", bos_token_id=5)
+    said = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert said["model_type"] == "llama" and said["bos_token_id"] == 5
+    assert torch.equal(logits(load_released(tmp_path / "again")), logits(model))
 
 
 @pytest.mark.parametrize("gate", ["headwise", "elementwise"])
@@ -195,11 +199,12 @@ def test_a_key_that_is_absent_or_null_means_the_usual_value(written, tmp_path):
     assert furthest(logits(load_released(tmp_path)), reference(tensors, config)) < 1e-5
 
 
-def test_another_window_means_the_same_positions(tmp_path):
-    write_folder(tmp_path)
+@pytest.mark.parametrize("scaling", [None, YARN], ids=str)
+def test_another_window_means_the_same_positions_and_the_same_scaling(scaling, tmp_path):
+    config, tensors = write_folder(tmp_path, rope_scaling=scaling)
     short = load_released(tmp_path, block_size=len(TOKENS))
     assert short.config.block_size == len(TOKENS) == len(short.cos)
-    assert torch.equal(logits(short), logits(load_released(tmp_path)))
+    assert furthest(logits(short), reference(tensors, config)) < 1e-5
 
 
 def test_a_loaded_model_needs_its_files_no_longer(tmp_path):
@@ -222,36 +227,36 @@ def refused(folder):
     return said
 
 
-@pytest.mark.parametrize("changes", [
-    dict(use_sliding_window=True), dict(hidden_act="gelu"),
-    dict(model_type="qwen2"), dict(quantization_config={"bits": 4}), dict(partial_rotary_factor=0.5),
-    dict(headwise_attn_output_gate="yes"), dict(vocab_size=-23), dict(vocab_size=10**30),
-    dict(num_attention_heads=3), dict(max_position_embeddings=0), dict(head_dim=5)], ids=str)
-def test_a_config_that_asks_for_what_cannot_be_had_is_refused_by_key_with_its_value(changes, tmp_path):
+@pytest.mark.parametrize("said, changes", [
+    ("use_sliding_window=True", dict(use_sliding_window=True)),
+    ("hidden_act='gelu'", dict(hidden_act="gelu")),
+    ("model_type='qwen2'", dict(model_type="qwen2")),
+    ("partial_rotary_factor=0.5", dict(partial_rotary_factor=0.5)),
+    ("quantization_config={'bits': 4}", dict(quantization_config={"bits": 4})),
+    ("headwise_attn_output_gate='yes'", dict(headwise_attn_output_gate="yes")),
+    ("vocab_size=-23", dict(vocab_size=-23)), (f"vocab_size={10**30}", dict(vocab_size=10**30)),
+    ("n_head=3", dict(num_attention_heads=3)), ("block_size=0", dict(max_position_embeddings=0)),
+    ("head_dim=5", dict(head_dim=5)), ("hidden_size='20'", dict(hidden_size="20")),
+    ("num_hidden_layers=2.0", dict(num_hidden_layers=2.0)), ("layer_types=5", dict(layer_types=5)),
+    ("max_position_embeddings=None", dict(max_position_embeddings=None)),
+    ("config.json cannot be read", dict(rope_scaling="yarn")),
+    ("config.json cannot be read", dict(rope_parameters=[1])),
+    ("config.json cannot be read", dict(model_type=["llama"])),
+    ("sliding_window=4096", dict(model_type="mistral", sliding_window=4096)),
+    *((said, {key: rope}) for key in ("rope_scaling", "rope_parameters") for said, rope in (
+        ("rope_type='llama3'", {"rope_type": "llama3", "factor": 8.0}), ("no factor", {"rope_type": "yarn"}),
+        ("factor='4'", {"type": "linear", "factor": "4"}),
+        ("rope_factor=0.5", {"rope_type": "linear", "factor": 0.5}),
+        ("attention_factor=1.5", {"rope_type": "yarn", "factor": 4, "attention_factor": 1.5}),
+        ("beta_slow=2", {"rope_type": "yarn", "factor": 4, "beta_slow": 2})))], ids=str)
+def test_a_config_that_asks_for_what_cannot_be_had_is_refused_by_key_with_its_value(said, changes, tmp_path):
     write_folder(tmp_path, says=changes)
-    (key, value), said = *changes.items(), refused(tmp_path)
-    ours = {"num_attention_heads": "n_head", "max_position_embeddings": "block_size"}.get(key, key)
-    assert "config.json" in said and f"{ours}={value!r}" in said
+    assert "config.json" in (sentence := refused(tmp_path)) and said in sentence
 
 
-@pytest.mark.parametrize("rope, said", [
-    ({"rope_type": "llama3", "factor": 8.0}, "rope_type='llama3'"), ({"rope_type": "yarn"}, "no factor"),
-    ({"type": "linear", "factor": "4"}, "factor='4'"),
-    ({"rope_type": "linear", "factor": 0.5}, "rope_factor=0.5"),
-    ({"rope_type": "yarn", "factor": 4, "attention_factor": 1.5}, "attention_factor=1.5"),
-    ({"rope_type": "yarn", "factor": 4, "beta_slow": 2}, "beta_slow=2")], ids=str)
-@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
-def test_a_scaling_of_rope_that_cannot_be_had_is_refused_by_key_with_its_value(key, rope, said, tmp_path):
-    write_folder(tmp_path, says={key: rope})
-    assert said in refused(tmp_path)
-
-
-@pytest.mark.parametrize("changes", [
-    dict(hidden_size="20"), dict(num_hidden_layers=2.0), dict(max_position_embeddings=None),
-    dict(layer_types=5), dict(rope_scaling="yarn"), dict(rope_parameters=[1])], ids=str)
-def test_a_config_with_a_value_of_another_kind_is_refused(changes, tmp_path):
-    write_folder(tmp_path, says=changes)
-    assert "config.json" in refused(tmp_path)
+def test_a_mistral_that_does_not_say_its_sliding_window_has_the_usual_one_and_is_refused(tmp_path):
+    write_folder(tmp_path, **(LLAMA | dict(model_type="mistral", without=["sliding_window"])))
+    assert "sliding_window=4096" in refused(tmp_path)
 
 
 def test_all_that_is_wrong_with_a_config_is_said_at_once(tmp_path):
@@ -325,11 +330,29 @@ def test_weights_whose_names_lack_the_prefix_model_are_read(tmp_path):
     assert furthest(logits(load_released(tmp_path)), reference(tensors, config)) < 1e-5
 
 
-def test_biases_are_refused_with_the_key_that_asks_for_them(tmp_path):
-    biases = {f"model.layers.0.self_attn.{name}_proj.bias": torch.zeros(24) for name in "qk"}
-    write_folder(tmp_path, drawn_tensors(CONFIG) | biases, says=dict(attention_bias=True))
-    with pytest.raises(ValueError, match="has weights for attention_bias=True, which"):
-        load_released(tmp_path)
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj.bias", "model.layers.1.mlp.up_proj.bias"])
+def test_biases_are_refused_by_name(name, tmp_path):
+    write_folder(tmp_path, drawn_tensors(CONFIG) | {name: torch.zeros(24)})
+    assert f"has biases ({name}), which" in refused(tmp_path)
+
+
+def test_the_index_says_which_files_belong_together_and_without_one_model_safetensors_stands_alone(tmp_path):
+    config, tensors = write_folder(tmp_path, shards=2)
+    for name in ("adapter", "model"):  # of somebody else
+        save_file({"model.norm.weight": torch.zeros(20)}, tmp_path / f"{name}.safetensors")
+    files = {name: f"model-{i % 2 + 1:05}-of-00002.safetensors" for i, name in enumerate(sorted(tensors))}
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": files}))
+    assert furthest(logits(load_released(tmp_path)), reference(tensors, config)) < 1e-5
+    with pytest.raises(ValueError, match="names the files of another model: choose a new folder"):
+        save_released(made(), tmp_path)
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    assert "model-00002-of-00002.safetensors cannot be read" in refused(tmp_path)
+    index.write_text("[]")
+    assert "model.safetensors.index.json cannot be read" in refused(tmp_path)
+    index.unlink()
+    write_folder(tmp_path)
+    assert furthest(logits(load_released(tmp_path)), reference(tensors, config)) < 1e-5
 
 
 @pytest.mark.parametrize("package", ["safetensors", "tokenizers"])
@@ -352,7 +375,8 @@ def made(**fields):
     return model
 
 
-SAVED = [dict(), dict(gate="none"), dict(gate_kind="headwise"), dict(tie_embeddings=True, qk_norm=False),
+SAVED = [dict(), dict(gate="none"), dict(gate="none", qk_norm=False), dict(gate_kind="headwise"),
+         dict(tie_embeddings=True, qk_norm=False),
          dict(n_kv_head=1, gate_kind="headwise", rope_base=1e6, norm_eps=1e-5), dict(n_kv_head=4),
          dict(rope_scaling="linear", rope_factor=4.0, rope_trained=16),
          dict(rope_scaling="yarn", rope_factor=2.5, rope_trained=64)]
@@ -380,28 +404,21 @@ def test_a_compiled_model_is_written_as_what_it_is(tmp_path):
 
 
 @pytest.mark.parametrize("fields", SAVED, ids=str)
-def test_what_is_saved_means_the_same_model_in_their_layout(fields, tmp_path):
-    model = made(**fields)
+def test_what_is_saved_means_the_same_model_in_their_layout_old_and_new(fields, tmp_path):
+    model, path = made(**fields), tmp_path / "config.json"
     save_released(model, tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    tensors = load_file(tmp_path / "model.safetensors")
+    config, tensors = json.loads(path.read_text()), load_file(tmp_path / "model.safetensors")
     assert {n: t.shape for n, t in tensors.items()} == {n: t.shape for n, t in drawn_tensors(config).items()}
     assert furthest(logits(model), reference(tensors, CONFIG | config)) < 2e-5
-
-
-@pytest.mark.parametrize("fields", SAVED, ids=str)
-def test_what_is_saved_can_come_back_with_the_keys_of_transformers_5(fields, tmp_path):
-    model = made(**fields)
-    save_released(model, tmp_path)
-    path = tmp_path / "config.json"
-    config = json.loads(path.read_text())
-    scaling = config.pop("rope_scaling", None) or {"rope_type": "default"}
-    config["rope_parameters"] = scaling | {"rope_theta": config.pop("rope_theta")}
-    path.write_text(json.dumps(config))
-    assert load_released(tmp_path).config == model.config
-    assert config["architectures"] == ["Qwen3ForCausalLM"] and config["attention_bias"] is False
+    family = "Llama" if fields == dict(gate="none", qk_norm=False) else "Qwen3"
+    assert config["architectures"] == [f"{family}ForCausalLM"] and config["model_type"] == family.lower()
+    assert config["attention_bias"] is False
     with safetensors.safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}  # the authors' library asks for it
+    scaling = config.pop("rope_scaling", None) or {"rope_type": "default"}
+    config["rope_parameters"] = scaling | {"rope_theta": config.pop("rope_theta")}  # so says transformers 5
+    path.write_text(json.dumps(config))
+    assert load_released(tmp_path).config == model.config
 
 
 @pytest.mark.parametrize("fields, named", [
@@ -441,19 +458,43 @@ def theirs():
     tokenizer.train_from_iterator([(ROOT / "gated_gpt.py").read_text(encoding="utf-8"), *SAMPLES], trainer)
     tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>"])  # 700, 701, at the end as in Qwen
     tokenizer.add_tokens([tokenizers.AddedToken("<think>", special=False)])  # Qwen has such, too
-    first = ("<|endoftext|>", 700)  # the package would put it in front of each text
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"{first[0]} $A", special_tokens=[first])
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def llama2():
+    """A small tokenizer like Llama 2's: a space in front, spaces as ▁, bytes as <0x0A>, a BOS before all."""
+    tokenizer = tokenizers.Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(),
+                                           decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=700, show_progress=False, special_tokens=names)
+    tokenizer.train_from_iterator([(ROOT / "gated_gpt.py").read_text(encoding="utf-8"), "éà" * 9], trainer)
+    said = json.loads(tokenizer.to_str())
+    said["added_tokens"] = said["added_tokens"][:3]  # bytes are plain tokens
+    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(said))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return tokenizer
 
 
 @pytest.fixture
-def released(theirs, here):
+def saved(here):
+    """saved(tokenizer): its folder is `released`, with a small model."""
+    def save(tokenizer, **fields):
+        get_tokenizer.cache_clear()
+        token_bytes.cache_clear()
+        save_released(made(**(dict(vocab_size=708, block_size=600) | fields)), "released")
+        tokenizer.save("released/tokenizer.json")
+        return "released"
+
+    return save
+
+
+@pytest.fixture
+def released(theirs, saved):
     """The name of a folder with this tokenizer and a small model, whose window is more than 512 tokens."""
-    get_tokenizer.cache_clear()
-    token_bytes.cache_clear()
-    save_released(made(vocab_size=708, block_size=600, gate_kind="headwise"), "released")
-    theirs.save("released/tokenizer.json")
-    return "released"
+    return saved(theirs, gate_kind="headwise")
 
 
 def ids(theirs, text):
@@ -486,6 +527,52 @@ def test_a_text_that_says_a_special_token_is_plain_text(released):
 @pytest.mark.parametrize("text", ["naïve 東京 <|endoftext|>", "<think>"])
 def test_the_lengths_of_a_texts_tokens_are_the_bytes_of_the_text(text, released):
     assert token_bytes(released)[get_tokenizer(released).encode_ordinary(text)].sum() == len(text.encode())
+
+
+def test_tokens_of_llama_2_stand_for_the_bytes_of_the_text_and_of_the_space_in_front(llama2, saved):
+    tokenizer = get_tokenizer(saved(llama2))
+    for text in SAMPLES[1:]:
+        tokens = tokenizer.encode_ordinary(text)
+        assert tokens == ids(llama2, text) and text_of(tokens) == f" {text}"
+        assert token_bytes("released")[tokens].sum() == 1 + len(text.encode())
+        assert TextOut(tokenizer).rest(tokens) == f" {text}"
+
+
+def test_what_stands_in_front_of_a_text_is_what_the_folders_tokenizer_puts_there(theirs, llama2, saved):
+    assert front_ids(saved(theirs)) == [] and front_ids("bpe2k") == [2047]
+    assert front_ids(saved(llama2)) == [1] == [bos_id("released")]
+
+
+def test_settings_saved_in_a_tokenizer_do_not_cut_or_fill_a_text(theirs, saved):
+    used = tokenizers.Tokenizer.from_str(theirs.to_str())
+    used.enable_truncation(5)
+    used.enable_padding(length=50)
+    text = "def f(x): return x\n" * 20
+    assert get_tokenizer(saved(used)).encode_ordinary(text) == ids(theirs, text)
+
+
+@pytest.mark.parametrize("normalizer", [
+    normalizers.NFKC(), normalizers.Lowercase(), normalizers.Strip(),
+    normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]),
+    normalizers.Replace("\t", " ")], ids=str)
+def test_a_tokenizer_that_does_not_keep_a_text_is_refused_with_what_becomes_of_it(normalizer, theirs, saved):
+    other = tokenizers.Tokenizer.from_str(theirs.to_str())
+    other.normalizer = normalizer
+    assert "released/tokenizer.json makes " in refusal(sample.main, [f"--ckpt={saved(other)}"])
+
+
+def test_so_is_one_that_lacks_letters(llama2, saved):
+    said = json.loads(llama2.to_str())
+    said["model"]["byte_fallback"] = False
+    saved(tokenizers.Tokenizer.from_str(json.dumps(said)))
+    assert "Ab<unk> 1000" in refusal(sample.main, ["--ckpt=released"])
+
+
+def test_it_is_said_once_that_a_tokenizer_writes_letters_in_another_form(released, capsys):
+    for text in ("naïve", "e\u0301" * 50, "e\u0301" * 50):
+        get_tokenizer(released).encode_ordinary(text)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "tokenizer.json changes letters (" in said
 
 
 @pytest.mark.parametrize("config, start", [
@@ -576,15 +663,6 @@ def test_a_tokenizer_that_was_moved_is_found_beside_the_run_or_where_a_flag_says
     assert status_of(sample.main, f"{flags} --tokenizer=moved") == before
     shutil.copytree("moved", "run/tokenizer")
     assert status_of(sample.main, flags) == before
-
-
-def test_a_run_whose_tokenizer_was_moved_ends_without_a_sample_until_it_is_copied_to_the_set(own, released):
-    Path(released).rename("moved")
-    get_tokenizer.cache_clear()
-    model, (_, c) = load_released("moved"), configs(data="own")
-    assert train.sampled(model, c).startswith("none: tokenizer ")
-    shutil.copy("moved/tokenizer.json", prepare.DATA / "own")
-    assert not train.sampled(model, c).startswith("none: ")
 
 
 def test_the_same_tokenizer_in_another_place_is_the_same(own, released, data_root):
