@@ -119,14 +119,14 @@ def distilled(model, texts, tests, steps):
     first = torch.cat([idx[TEST:TEST + EACH] for idx in texts.values()])
     pool = torch.cat([idx[TEST:] for idx in texts.values()])
     seen, rows = look(model, first, "fit 1: looking"), []
-    for name, fit in (("sees x", Fit(model, seen)), ("does not", Fit(model, seen, sees=False))):
-        for step in (0, steps):
-            if step:
-                distill(model, fit, pool, steps)
-            for kind, idx in tests.items():
-                loss, kl = far_from(model, fit, idx, LATE, f"{name}, {step} steps, {kind}")
-                rows.append({"gate": name, "steps": step, "text": kind, "loss": loss, "kl": kl})
-    return rows
+    fits = [Fit(model, seen), Fit(model, seen, sees=False)]
+    for step in (0, steps):
+        if step:
+            distill(model, fits, pool, steps)
+        for kind, idx in tests.items():
+            for name, (loss, far) in zip(("sees x", "does not"), far_from(model, fits, idx, LATE, kind)):
+                rows.append({"score": name, "steps": step, "text": kind, "loss": loss, "kl": far})
+    return sorted(rows, key=lambda row: row["score"], reverse=True)
 
 
 def main(argv=None):
@@ -197,7 +197,7 @@ sigmoid(x W) for the score, fitted in each layer to {3 * EACH} other windows, an
 (sink_gate.py says why); five disjoint fits. With the true score and v0 the loss of the first row must come
 back. Undone: what part of the damage of hiding the first token the fits undo.
 """
-DISTILL = {"gate": ("score", ""), "steps": ("steps", "d"), "text": ("text", ""), "loss": ("loss", ".3f"),
+DISTILL = {"score": ("score", ""), "steps": ("steps", "d"), "text": ("text", ""), "loss": ("loss", ".3f"),
            "kl": ("KL", ".3f")}
 DISTILL_NOTE = """
 The first fit, W and v0 alone, trained to give the distribution that the model has with its sink: loss, and KL
@@ -226,18 +226,16 @@ def loss_rows(found):
 def draw_layers(layers, kinds):
     """Share, largest activation, lengths of values, and how well the score is fitted, over the layers."""
     from experiments.figures import BLUE, GREEN, ORANGE, plt
-    panels = {f"first-token share (uniform: {uniform_share(T):.3f})": kinds,
-              "largest activation": [f"activation_{kind}" for kind in kinds],
-              "length of a value": ["first token's", "others'"], "fitted score: R² on test windows": ["R2"]}
+    panels = {f"first-token share (uniform: {uniform_share(T):.3f})": (kinds, dict(ylim=(0, 1))),
+              "largest activation": ([f"activation_{kind}" for kind in kinds], dict(yscale="log")),
+              "length of a value": (["first token's", "others'"], dict(xlabel="layer")),
+              "fitted score: R² on test windows": (["R2"], dict(xlabel="layer", ylim=(0, 1)))}
     figure, axes = plt.subplots(2, 2, figsize=(7.4, 4.6), sharex=True)
-    for axis, (title, keys) in zip(axes.flat, panels.items()):
+    for axis, (title, (keys, options)) in zip(axes.flat, panels.items()):
         for key, color, line in zip(keys, (ORANGE, BLUE, GREEN), ("-", "--", "-.")):
             axis.plot([row[key] for row in layers], line, color=color, label=key.removeprefix("activation_"))
-        axis.set(title=title, ylim=(0, 1) if "R2" in keys or keys is kinds else (0, None))
+        axis.set(title=title, **options)
         axis.legend(frameon=False)
-    axes[0][1].set(yscale="log", ylim=(None, None))
-    for axis in axes[1]:
-        axis.set_xlabel("layer")
     return figure
 
 

@@ -168,33 +168,42 @@ def regression(x, s):
 # ---- the gate, trained -----------------------------------------------------------------------------
 
 
-def compare(model, fit, row):
-    """(KL from the model as it is to the model with the gate (T,), the second's log-probabilities (T, V))."""
-    with torch.no_grad():
-        told = model(row[None])[0][0].log_softmax(-1)
-    with evaluating(model, instead(model, fit.edit())):
-        made = model(row[None])[0][0].log_softmax(-1)
-    return (told.exp() * (told - made)).sum(-1), made
+def log_p(model, row, fit=None):
+    """Log-probabilities of the tokens after each of a window (T,), as the model is or with a fit: (T, V)."""
+    with evaluating(model, instead(model, fit.edit()) if fit else ()):
+        return model(row[None])[0][0].log_softmax(-1)
+
+
+def kl(told, made):
+    """How far the second distribution is from the first, at every token: (T,)."""
+    return (told.exp() * (told - made)).sum(-1)
 
 
 @torch.no_grad()
-def far_from(model, fit, idx, start, what):
-    """(loss, KL to the model as it is) with the gate, means over tokens from `start` on of windows (N, T)."""
-    pairs = [compare(model, fit, row) for row in bar(idx, what)]
-    loss = [F.nll_loss(made[start - 1:-1], row[start:]) for row, (_, made) in zip(idx, pairs)]
-    far = [kl[start - 1:].mean() for kl, _ in pairs]
-    return torch.stack(loss).mean().item(), torch.stack(far).mean().item()
+def far_from(model, fits, idx, start, what):
+    """[loss, KL to the model as it is] with each fit: means over tokens from `start` on of windows (N, T)."""
+    found = torch.zeros(len(fits), 2)
+    for row in bar(idx, what):
+        told = log_p(model, row)
+        for i, fit in enumerate(fits):
+            made = log_p(model, row, fit)
+            found[i, 0] += F.nll_loss(made[start - 1:-1], row[start:]).item() / len(idx)
+            found[i, 1] += kl(told, made)[start - 1:].mean().item() / len(idx)
+    return found.tolist()
 
 
-def distill(model, fit, idx, steps, lr=1e-3, batch=2):
-    """Train W and v0 alone, on windows idx (N, T), to give the distribution of the model with its sink."""
+def distill(model, fits, idx, steps, lr=1e-3, batch=2):
+    """Train W and v0 of fits alone, on windows idx (N, T), to give the distribution of the model as it is."""
     model.requires_grad_(False)
-    optimizer = torch.optim.Adam(fit.parameters(), lr)
+    optimizer = torch.optim.Adam([p for fit in fits for p in fit.parameters()], lr)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, steps)
     generator = torch.Generator().manual_seed(0)
     for _ in tqdm(range(steps), "training", unit=" steps", leave=False, disable=None):
         for i in torch.randint(len(idx), (batch,), generator=generator):
-            (compare(model, fit, idx[i])[0][early(idx.size(1)):].mean() / batch).backward()
+            with torch.no_grad():
+                told = log_p(model, idx[i])
+            for fit in fits:
+                (kl(told, log_p(model, idx[i], fit))[early(idx.size(1)):].mean() / batch).backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
