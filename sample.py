@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for python -P, which leaves it out
+from data import tokenizers
 from data.prepare import read_text
-from data.tokenizers import TextOut, bos_id, bytes_of, check_tokenizer, end_ids, get_tokenizer, labels
 from gated_gpt import measure
 from plumbing.checkpoint import newest_run, open_model
 from plumbing.flags import parser_of, run_main, utf8
@@ -64,14 +64,13 @@ def parse_flags(argv=None):
 def main(argv=None):
     flags = parse_flags(argv)
     device = choose_device(flags.device)
-    # A released model was trained without a BOS: its text starts with the prompt.
     found = open_model(flags.ckpt or newest_run())
     model, name, released = found.model, flags.tokenizer or found.tokenizer, found.data is None
-    check_tokenizer(name, found.sha256)
+    tokenizers.check_tokenizer(name, found.sha256)
     print(found.title)
     if flags.block_size:
         model.set_window(flags.block_size, flags.rope_scaling or "none")
-    tokenizer, bos, T = get_tokenizer(name), bos_id(name), model.config.block_size
+    tokenizer, bos, T = tokenizers.get_tokenizer(name), tokenizers.bos_id(name), model.config.block_size
     if tokenizer.n_vocab > model.config.vocab_size:
         raise ValueError(f"the tokenizer {name} has {tokenizer.n_vocab} tokens, but the model only "
                          f"{model.config.vocab_size}: they do not belong together, so get both again")
@@ -80,18 +79,18 @@ def main(argv=None):
         p.data = p.data.to(dtype)
     model.to(device)
     print()
+    front = tokenizers.front_ids(name) if released else [bos]  # other people's models often have none
     if flags.text:
         if released and not flags.block_size:
             T = min(SHORT, T)  # others measured released models on 512 tokens
-        window = text_blocks(read_text(flags.text), tokenizer, None if released else bos, T).to(device)
+        window = text_blocks(read_text(flags.text), tokenizer, front[0] if front else None, T).to(device)
     else:
         prompt = read_text("-") if flags.prompt == "-" else flags.prompt
         tokens = tokenizer.encode_ordinary(prompt)  # "<|bos|>" in a prompt is seven characters
-        if released and not tokens:
-            print(f"no prompt: the text starts from {bytes_of(bos, tokenizer).decode()}", file=sys.stderr)
-        if not released or not tokens:
-            tokens = [bos, *tokens]
-        ends = end_ids(name) if flags.stop else set()
+        if not front and not tokens:
+            sys.stderr.write(f"no prompt: the text starts from {tokenizers.bytes_of(bos, tokenizer).decode()}\n")
+        tokens = [*(front if tokens else [bos]), *tokens]
+        ends = tokenizers.end_ids(name) if flags.stop else set()
         window = write(model, torch.tensor([tokens], device=device), prompt, tokenizer, ends, flags)
     if flags.attn_share:
         layers = measure_blocks(model, window)
@@ -103,7 +102,7 @@ def main(argv=None):
                   "without a sink. Compare with the floor, and with other models on the same text.")
     if flags.attn_map:
         shown = window[:1, :64]  # (1, t)
-        names = labels(shown[0].tolist(), tokenizer, bos)
+        names = tokenizers.labels(shown[0].tolist(), tokenizer, bos)
         draw_maps(model, shown, names, flags.attn_map, flags.layer, flags.head)
         print(f"\n{flags.attn_map}: attention on the first {shown.size(1)} tokens")
 
@@ -111,7 +110,7 @@ def main(argv=None):
 def write(model, idx, prompt, tokenizer, ends, flags):
     """Print the prompt, and what follows on idx (1, t); return the text's last window, (1, T) or less."""
     generator, T = torch.Generator(idx.device).manual_seed(flags.seed), model.config.block_size
-    text, start = TextOut(tokenizer), idx.size(1)
+    text, start = tokenizers.TextOut(tokenizer), idx.size(1)
     print(prompt, end="", flush=True)
     for new in model.stream(idx, flags.tokens, flags.temperature, flags.top_k, generator):  # new: (1,)
         if new.item() in ends:
