@@ -81,14 +81,14 @@ def main(argv=None):
     print()
     front = tokenizers.front_ids(name) if released else [bos]  # other people's models often have none
     if flags.text:
-        if released and not flags.block_size:
-            T = min(SHORT, T)  # others measured released models on 512 tokens
+        T = T if flags.block_size or not released else min(SHORT, T)  # others measured on 512 tokens
         window = text_blocks(read_text(flags.text), tokenizer, front[0] if front else None, T).to(device)
     else:
         prompt = read_text("-") if flags.prompt == "-" else flags.prompt
         tokens = tokenizer.encode_ordinary(prompt)  # "<|bos|>" in a prompt is seven characters
         if not front and not tokens:
-            sys.stderr.write(f"no prompt: the text starts from {tokenizers.bytes_of(bos, tokenizer).decode()}\n")
+            first = tokenizers.bytes_of(bos, tokenizer).decode()
+            print(f"no prompt: the text starts from {first}", file=sys.stderr)
         tokens = [*(front if tokens else [bos]), *tokens]
         ends = tokenizers.end_ids(name) if flags.stop else set()
         window = write(model, torch.tensor([tokens], device=device), prompt, tokenizer, ends, flags)
