@@ -3,12 +3,11 @@ Data for gated GPT: text in, two files of tokens out.
 
     python data/prepare.py python              this Python's standard library
     python data/prepare.py backcopy            the task that grows a sink
-    python data/prepare.py recall              the task that looks further back
     python data/prepare.py shakespeare         Tiny Shakespeare, 1 MB
     python data/prepare.py fineweb --shards=2  web text, 200 MB a shard
     python data/prepare.py notes.txt novels/   your own UTF-8 text
 
-The first three need no download. Each writes data/<name>/train.bin and val.bin,
+The first two need no download. Each writes data/<name>/train.bin and val.bin,
 bare arrays of token ids, and meta.json, which says how to read them. Training
 maps these files into memory and cuts windows from them at random places.
 Sets live in data/, or in the folder that the variable GATED_GPT_DATA names.
@@ -282,30 +281,6 @@ def prepare_backcopy(chars=10_000_000, seed=0):
     return write_set("backcopy", "bytes", source, chunks)
 
 
-def recall_text(chars, seed=0):
-    """Pairs of a letter and its digit ("k7"): the one it had last, nine times in ten, and else a new one.
-
-    In the spirit of multi-query associative recall (arXiv 2312.04927). The rarer a letter is (Zipf's law),
-    the further back it stood last: in long windows, further than in any window that was trained.
-    """
-    rng, rank = np.random.default_rng(seed), np.arange(1, 53)
-    letters = rng.choice(52, size=chars // 2, p=1 / rank / (1 / rank).sum())
-    digits, new = rng.integers(10, size=(2, chars // 2))
-    has, text = [0] * 52, []  # the digit of each letter
-    for letter, digit, at_zero in zip(letters.tolist(), digits.tolist(), new.tolist()):
-        if at_zero == 0:
-            has[letter] = digit
-        text.append(f"{string.ascii_letters[letter]}{has[letter]}")
-    return "".join(text)
-
-
-def prepare_recall(chars=10_000_000, seed=0):
-    """A task that needs to look further back than nearby."""
-    chunks = encode(split_each([recall_text(chars, seed)]), "bytes", bos=False)
-    source = f"{chars:,} characters, seed {seed}; after a letter the digit it had last, nine times in ten"
-    return write_set("recall", "bytes", source, chunks)
-
-
 # ---- sets that are downloaded ----------------------------------------------------------------------
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -353,9 +328,9 @@ def prepare_fineweb(shards=1):
     return write_set("fineweb", "gpt2", f"{shards} of {SHARDS} shards of {FINEWEB}", chunks)
 
 
-SETS = {"python": prepare_python, "backcopy": prepare_backcopy, "recall": prepare_recall,
-        "shakespeare": prepare_shakespeare, "fineweb": prepare_fineweb}
-OFFLINE = "python", "backcopy", "recall"  # need no download, so `load` makes them
+SETS = {"python": prepare_python, "backcopy": prepare_backcopy, "shakespeare": prepare_shakespeare,
+        "fineweb": prepare_fineweb}
+OFFLINE = "python", "backcopy"  # need no download, so `load` makes them
 
 
 # ---- your own files, and the command line ----------------------------------------------------------

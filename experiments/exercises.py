@@ -6,9 +6,8 @@ The numbers of exercises.md: does what each exercise says, edits included, and r
 
 An edit is a ```diff block whose first line names the file. What is run is in ```sh and ```python blocks. Each
 run has its own copy of the project in out/exercises/, so nothing of yours is edited. A copy that is finished
-has a printed.json, and is not run again while the exercise stays as it is. If you change the project's own
-code, delete out/exercises first. Needs matplotlib.
-Reading order: Exercise -> read -> copy_project -> do -> do_all -> record.
+is not run again while the exercise and the project's code stay as they are. Needs matplotlib.
+Reading order: Exercise -> read -> copy_project -> do -> do_all -> record -> main.
 """
 import concurrent.futures
 import csv
@@ -18,7 +17,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,11 +25,13 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees its own folder only
 from experiments import runner
 from experiments.runner import RESULTS, ROOT
-from plumbing.flags import run_main
+from experiments.tables import markdown, write_csv
+from plumbing.flags import parser_of, run_main
 from train import TrainConfig
 
 COLUMNS = {"share": "first_token_share", "gate_score": "gate_score", "max_activation": "max_activation",
            "val_loss": "val_loss"}  # of exercises.csv: that of a run's log
+CODE = [path for place in ("*.py", "data/*.py", "plumbing/*.py") for path in sorted(ROOT.glob(place))]
 
 
 class Exercise(NamedTuple):
@@ -46,8 +46,9 @@ class Exercise(NamedTuple):
     @property
     def recorded(self):
         """Whether it says a range in which a training run should come out."""
-        return bool(re.search(r"\d\.\d+ to \d", self.text.partition("**What you should see.**")[2]))
+        return re.search(r"\d\.\d+ to \d", self.text.partition("**What you should see.**")[2])
 
+    @property
     def trainings(self):
         """The commands that train, each as a list of words."""
         return [what for kind, what in self.steps if kind == "sh" and what[0] == "train.py"]
@@ -80,95 +81,103 @@ def copy_project(folder, edits=()):
     """An edited copy of the project in `folder`, without runs. ValueError if an edit fits no more."""
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns("out", ".*", "__pycache__", "results"))
     for file, before, after in edits:
-        source = (folder / file).read_text()
+        source = (folder / file).read_text(encoding="utf-8")
         if source.count(before) != 1:
             raise ValueError(f"exercises.md edits {file}, but these lines are there {source.count(before)} "
                              f"times instead of once:\n{before}")
-        (folder / file).write_text(source.replace(before, after))
+        (folder / file).write_text(source.replace(before, after), encoding="utf-8")
 
 
-def do(step, folder, more=None):
-    """Run one step in `folder`, with `more` flags for a script, {its name: [...]}."""
+def do(step, folder, more=()):
+    """Run one step in `folder`, train.py with `more` flags."""
     kind, what = step
-    words = ["-c", what] if kind == "python" else [*what, *(more or {}).get(Path(what[0]).name, ())]
-    return subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True)
+    words = ["-c", what] if kind == "python" else [*what, *more] if what[0] == "train.py" else what
+    return subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, encoding="utf-8")
 
 
 def do_all(exercise, seed, threads):
     """All steps of an exercise with one seed. Returns (the last row of each training command's log, what the
     code printed).
     """
-    content = zlib.crc32(repr((exercise.edits, exercise.needs, exercise.steps)).encode())
-    folder = Path("out/exercises") / f"{exercise.number}-{seed}-{content:08x}"
+    decides = runner.digest([exercise.edits, exercise.needs, exercise.steps, *map(runner.code_of, CODE)])
+    folder = Path("out/exercises") / f"{exercise.number}-{seed}-{decides}"
     done = folder / "printed.json"
     if not done.exists():
         shutil.rmtree(folder, ignore_errors=True)
         copy_project(folder, exercise.edits)
         printed = []
         for step in exercise.needs + exercise.steps:
-            ran = do(step, folder, {"train.py": [f"--seed={seed}", f"--threads={threads}"]})
+            ran = do(step, folder, [f"--seed={seed}", f"--threads={threads}"])
             if ran.returncode:
                 raise ValueError(f"exercise {exercise.number}, seed {seed}: {step[1]} failed: {ran.stderr}")
             printed += [ran.stdout.strip()] * (step[0] == "python")
         shutil.rmtree(folder / "data")  # by far the largest part of it
-        done.write_text(json.dumps(printed))
+        runner.write_json(done, printed)
     rows = []
-    for command in exercise.trainings():
+    for command in exercise.trainings:
         out = next(word for word in command if word.startswith("--out=")).removeprefix("--out=")
-        with open(folder / out / "log.csv", newline="") as file:
+        with open(folder / out / "log.csv", newline="", encoding="utf-8") as file:
             rows.append(list(csv.DictReader(file))[-1])
-    return rows, "; ".join(json.loads(done.read_text())).replace("\n", "; ")
+    return rows, "; ".join(json.loads(done.read_bytes())).replace("\n", "; ")
 
 
 def record(exercises, results, seeds, head):
     """Write exercises.csv and exercises.md: a row for each training command.
 
-    results: {(number, seed): what do_all returned}, of some exercises. Rows that are recorded already stay if
-    their command is still in exercises.md.
+    results: {(number, seed): what do_all returned}, of some exercises. The rows of the others stay, if
+    exercises.md still has their commands.
     """
-    path, rows = RESULTS / "exercises.csv", []
-    before = {row["command"]: row for row in runner.read_csv(path)} if path.exists() else {}
+    path, rows, before = RESULTS / "exercises.csv", [], {}
+    if path.exists():
+        with open(path, newline="", encoding="utf-8") as file:
+            before = {row["command"]: row for row in csv.DictReader(file)}
     for e in exercises:
-        for i, command in enumerate(e.trainings()):
+        for i, command in enumerate(e.trainings):
             row = {"exercise": e.number, "title": e.title, "command": shlex.join(["python", *command]),
                    "edited": bool(e.edits)}
             if (e.number, 0) in results:
                 mine = [results[e.number, seed] for seed in range(seeds)]
-                row |= {name: " / ".join(f"{float(trained[i][column]):.3f}" for trained, _ in mine)
-                        for name, column in COLUMNS.items()}
+                for name, column in COLUMNS.items():
+                    numbers = [float(trained[i][column]) for trained, _ in mine]
+                    row[name] = " / ".join("-" if x != x else f"{x:.3f}" for x in numbers)
                 row["floor"] = f"{float(mine[0][0][i]['uniform_share']):.3f}"
                 row["printed"] = " / ".join(printed for _, printed in mine)
-            else:
+            elif row["command"] in before:
                 row = before[row["command"]] | row
+            else:
+                raise ValueError(f"exercise {e.number} has a command that was not recorded: add it to --only")
             rows.append(row)
-    runner.write_csv(path, rows)
-    text = runner.markdown(f"exercises.md, seeds 0 to {seeds - 1}", head, "", rows,
-                           {name: (name, "") for name in rows[0]})
-    (RESULTS / "exercises.md").write_text(text.replace("nan", "-"))
+    write_csv(path, rows)
+    columns = {key: (key, "") for key in rows[0]}
+    text = markdown(f"exercises.md, seeds 0 to {seeds - 1}", head, "", rows, columns)
+    (RESULTS / "exercises.md").write_text(text, encoding="utf-8")
     print(text)
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    parser = runner.run_parser(__doc__, "exercises.py")
+    parser = parser_of(__doc__, "exercises.py", "[--flag=value ...]")
+    parser.add_argument("--seeds", type=runner.positive, default=3, help="runs of each [%(default)s]")
+    parser.add_argument("--jobs", type=runner.positive, default=1, help="runs at a time [%(default)s]")
     parser.add_argument("--only", metavar="N,N", help="numbers of the exercises to run [all]")
     flags = parser.parse_args(argv)
-    runner.at_least_one(flags, "seeds", "jobs")
-    threads = runner.threads_each(flags.jobs)
-    exercises = [e for e in read((ROOT / "exercises.md").read_text()) if e.recorded]
-    chosen = [e for e in exercises if not flags.only or str(e.number) in flags.only.split(",")]
-    todo, results = [(e, seed) for seed in range(flags.seeds) for e in chosen], {}
+    exercises = [e for e in read((ROOT / "exercises.md").read_text(encoding="utf-8")) if e.recorded]
+    numbers = {str(e.number): e for e in exercises}
+    wanted = flags.only.split(",") if flags.only else list(numbers)
+    if unknown := [number for number in wanted if number not in numbers]:
+        raise ValueError(f"only={flags.only}: {unknown[0]} is none of {', '.join(numbers)} (with ranges)")
+    todo, results = [(numbers[n], seed) for seed in range(flags.seeds) for n in wanted], {}
     with concurrent.futures.ThreadPoolExecutor(flags.jobs) as pool:
-        futures = {pool.submit(do_all, e, seed, threads): (e.number, seed) for e, seed in todo}
+        futures = {pool.submit(do_all, e, seed, runner.threads_each(flags.jobs)): (e.number, seed)
+                   for e, seed in todo}
         try:
             for future in tqdm(concurrent.futures.as_completed(futures), total=len(todo), unit="run"):
                 results[futures[future]] = future.result()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    others = {"others": "as they were recorded before"} if flags.only else {}
-    head = runner.head("exercises.py", argv, TrainConfig(), flags.jobs, **others)
-    record(exercises, results, flags.seeds, head)
+    head = runner.head("exercises.py", argv, TrainConfig(), flags.jobs)
+    record(exercises, results, flags.seeds, head | ({"others": "as they were before"} if flags.only else {}))
 
 
 if __name__ == "__main__":

@@ -1,42 +1,48 @@
 """
-What the experiments share: runs that are made once and kept, figures in numbers, and small tables.
+What the experiments share: runs that are made once and kept.
 
-    jobs = plan("compare-python", {"none": (config, c), "g1": (config, c)}, range(3), look=closer_look)
-    results = run_all(jobs, at_once=2)  # {("none", 0): {"log": [...], ...}, ("g1", 0): ...}
+    jobs = plan({"none": (config, c), "g1": (config, c)}, range(3), closer_look)
+    results = run_all(jobs, at_once=2)  # {("none", 0): {"log": [...], "diverged": None, ...}, ...}
 
-Each run has a folder in out/. Its name has a fingerprint of all that decides the outcome: flags, seed, data,
-and the code of gated_gpt.py without its comments. So the same command goes on where it was stopped, and two
-recipes are never mixed. `look` turns a finished model into the extra results that an experiment needs.
-Reading order: Job -> plan -> one_run -> run_all -> run_side_by_side -> the numbers -> the tables.
+A run belongs to no experiment. Its folder in out/runs/ is named after all that decides the training: flags,
+seed, data, and the code of gated_gpt.py and train.py. So the same command goes on where it was stopped, two
+experiments that need the same run train it once, and what other code has made is never shown. `look` finds
+what an experiment wants to know of a finished model. It is kept beside the run, in a file that is named after
+the code of look's module: other code looks anew, without training anew.
+Reading order: code_of -> Job -> plan -> one_run -> run_all -> run_side_by_side -> flags.
 """
+import argparse
 import ast
-import csv
 import dataclasses
+import functools
 import hashlib
+import inspect
 import json
-import math
 import multiprocessing
 import os
 import platform
+import re
 import shlex
 import signal
-import statistics
 import sys
+import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from multiprocessing import connection
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
 
 import train
 from data import prepare
-from gated_gpt import GPT, GPTConfig
+from gated_gpt import GPTConfig
 from plumbing import checkpoint
 from plumbing.files import whole_file
 from plumbing.flags import parser_of, run_main
-from plumbing.machine import choose_device
+from plumbing.machine import choose_device, silent
+from plumbing.report import variant
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "experiments" / "results"
@@ -46,121 +52,165 @@ MACHINE = {"out", "resume", "overwrite", "threads"}  # fields that do not change
 # ---- the plan: which runs, and where they are kept -------------------------------------------------
 
 
+def digest(content):
+    """Eight letters and digits for plain values."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+
+
+@functools.cache
+def code_of(path):
+    """Digest of a Python file. Comments, docstrings, line breaks and the version of Python do not count."""
+    def lists(node):  # a syntax tree; which fields may be empty differs from version to version
+        if isinstance(node, list):
+            return [lists(part) for part in node]
+        if not isinstance(node, ast.AST):
+            return repr(node)
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node, False):
+            node.body = node.body[1:]
+        return [type(node).__name__, *([name, lists(part)] for name, part in ast.iter_fields(node)
+                                       if part is not None and part != [])]
+
+    return digest(lists(ast.parse(path.read_text(encoding="utf-8"))))
+
+
 class Job(NamedTuple):
-    """One training run of an experiment."""
-    name: str  # what is compared, such as a variant
+    """A training run, and what an experiment looks at in it."""
+    name: Any  # what is compared, such as a variant: a text, or several values
     seed: int
     config: GPTConfig
     c: train.TrainConfig
-    look: Callable | None  # (job, trained model) -> dict of extra results; a function at the top of a module
     folder: Path
+    look: Callable | None  # (job, trained model) -> {name: plain values}; a function at the top of a module
+    found: Path  # the file for what it finds
 
     @property
-    def done(self):
-        """The file with the results. It is there when the run is done."""
-        return self.folder / "done.json"
-
     def steps(self):
-        """Steps done so far: what the last line of the run's log says."""
+        """Steps done so far, by the lines of the run's log."""
         log = self.folder / "log.csv"
-        last = log.read_text().strip().rpartition("\n")[2].partition(",")[0] if log.exists() else ""
-        return self.c.max_steps if self.done.exists() else int(last) if last.isdigit() else 0
+        lines = log.read_bytes().count(b"\n") - 1 if log.exists() else 0
+        return min(self.c.max_steps, lines * self.c.eval_every)
 
 
-def code_of(path):
-    """Fingerprint of a Python file. Comments, docstrings and line breaks do not change it."""
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
-            node.body = node.body[1:]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+def plan(recipes, seeds, look=None):
+    """A Job for each seed of each of {name: (GPTConfig, TrainConfig)}, seed by seed.
 
-
-def plan(experiment, recipes, seeds, look=None):
-    """A Job for each of these seeds and each of {name: (GPTConfig, TrainConfig)}, seed by seed."""
-    jobs, code = [], code_of(ROOT / "gated_gpt.py")
-    for seed in seeds:
+    seeds: those of each, or {name: its seeds}.
+    """
+    jobs, seeds = [], seeds if isinstance(seeds, dict) else dict.fromkeys(recipes, seeds)
+    file = Path(inspect.getfile(look)) if look else None
+    found = f"{file.stem}-{code_of(file)}.json" if look else "done.json"
+    for seed in sorted(set().union(*seeds.values())):
         for name, (config, c) in recipes.items():
-            c = dataclasses.replace(c, seed=seed)
-            data = prepare.load(c.data)[0]["train"]["sha256"]
-            decides = {k: v for k, v in dataclasses.asdict(c).items() if k not in MACHINE}
-            recipe = json.dumps([dataclasses.asdict(config), decides, data, code], sort_keys=True)
-            fingerprint = hashlib.sha256(recipe.encode()).hexdigest()[:8]
-            folder = Path("out", experiment, f"{name}-{seed}-{fingerprint}")
-            jobs.append(Job(name, seed, config, c, look, folder))
+            if seed in seeds[name]:
+                folder = folder_of(config, c := dataclasses.replace(c, seed=seed))
+                jobs.append(Job(name, seed, config, c, folder, look, folder / found))
     return jobs
+
+
+def folder_of(config, c):
+    """The folder of the run that these two configs describe."""
+    meta, _ = prepare.load(c.data)
+    decides = [dataclasses.asdict(config),
+               {name: value for name, value in dataclasses.asdict(c).items() if name not in MACHINE},
+               *(meta[split]["sha256"] for split in ("train", "val")),
+               *(code_of(ROOT / file) for file in ("gated_gpt.py", "train.py"))]
+    return Path("out", "runs", f"{Path(c.data).name}-{variant(config)}-{c.seed}-{digest(decides)}")
 
 
 # ---- running it ------------------------------------------------------------------------------------
 
 
-def one_run(job, say=lambda text: None):
-    """Train one run to its end, and write {"log": ..., and what job.look finds} to its done.json.
+@contextmanager
+def alone_in(folder):
+    """Whether no other process works in this folder, and none will. The lock ends with its process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as file:
+        try:
+            if os.name == "nt":
+                import msvcrt
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # what the two raise when it is taken
+            yield False
+        else:
+            yield True
 
-    It goes on from the run's checkpoint if there is one. `say` is called at every evaluation. A run whose
-    loss is not finite is done, too: its results have "diverged", and the log up to there.
+
+def one_run(job, say=silent):
+    """Train a run to its end, from its checkpoint if there is one, and look at it. What is there stays.
+
+    Nothing if another process is at it. `say` is called at every evaluation. A run whose loss is not finite
+    has ended, too: done.json says so, and its log is that before.
     """
-    last = job.folder / "last.pt"
-    try:
-        model, log = trained(job, say)
-        result = (job.look(job, model) if job.look else {}) | {"log": log}
-    except FloatingPointError as error:
-        log = checkpoint.load(last)[1]["log"] if last.exists() else []
-        result = {"diverged": str(error), "log": log}
-    with whole_file(job.done) as file:
-        file.write(json.dumps(result).encode())
-    for path in job.folder.glob("*.pt"):  # two thirds of a checkpoint are the optimizer's: no longer needed
-        checkpoint.save(path, checkpoint.load(path)[1] | {"optimizers": []})
+    last, done = job.folder / "last.pt", job.folder / "done.json"
+    with alone_in(job.folder) as alone:
+        if alone and not done.exists():
+            diverged = None
+            try:
+                if not last.exists() or checkpoint.load(last)[1]["step"] < job.c.max_steps:
+                    resume = last.exists()  # a best.pt alone is from a run that was killed in its first save
+                    c = dataclasses.replace(job.c, out=str(job.folder), resume=resume, overwrite=not resume)
+                    train.train(job.config, c, say)
+            except FloatingPointError as error:
+                diverged = str(error)
+            if last.exists():  # two thirds of it are the optimizer's: no longer needed
+                checkpoint.save(last, checkpoint.load(last)[1] | {"optimizers": []})
+                (job.folder / "best.pt").unlink(missing_ok=True)
+            write_json(done, {"diverged": diverged})
+        if alone and not job.found.exists():
+            found = {}
+            if json.loads(done.read_bytes())["diverged"] is None:
+                found = job.look(job, checkpoint.load(last)[0].to(choose_device(job.c.device)))
+            write_json(job.found, found)
 
 
-def trained(job, say):
-    """(model, log) of a run at its last step."""
-    last = job.folder / "last.pt"
-    if last.exists():
-        model, saved = checkpoint.load(last)
-        if saved["step"] == job.c.max_steps:  # killed after the last step, before done.json was written
-            return model.to(choose_device(job.c.device)), saved["log"]
-    resume = last.exists()  # overwrite: a best.pt without a last.pt is from a run killed in its first save
-    c = dataclasses.replace(job.c, out=str(job.folder), resume=resume, overwrite=not resume)
-    return train.train(job.config, c, say)
+def write_json(path, content):
+    """Plain values, all of them finite."""
+    with whole_file(path) as file:
+        file.write(json.dumps(content, allow_nan=False).encode())
+
+
+def result_of(job):
+    """{"log": [...], "diverged": None or why, and what look has found} of a job that is done."""
+    last, result = job.folder / "last.pt", {}
+    for file in (job.folder / "done.json", job.found):
+        result |= json.loads(file.read_bytes())
+    return result | {"log": checkpoint.load(last)[1]["log"] if last.exists() else []}
 
 
 def run_all(jobs, at_once):
-    """Run what is not done yet, here or in `at_once` processes. Returns {(name, seed): what one_run wrote}.
+    """Do what is not done yet, here or in `at_once` processes. Returns {(name, seed): result_of(job)}.
 
     KeyboardInterrupt comes when all is saved.
     """
-    todo = [job for job in jobs if not job.done.exists()]
+    todo = [job for job in jobs if not job.found.exists()]
     if len(todo) < len(jobs):
-        print(f"{len(jobs) - len(todo)} of {len(jobs)} runs are done already, in {jobs[0].folder.parent}")
-    total, so_far = sum(job.c.max_steps for job in jobs), sum(job.steps() for job in jobs)
-    with tqdm(total=total, initial=so_far, unit="step", disable=None) as bar:
+        print(f"{len(jobs) - len(todo)} of {len(jobs)} runs are done already, in out/runs")
+    total = sum(job.c.max_steps for job in jobs)
+    with tqdm(total=total, initial=sum(job.steps for job in jobs), unit="step", disable=None) as bar:
         def tick(text=""):
-            bar.update(max(0, sum(job.steps() for job in jobs) - bar.n))
-            for job in [job for job in todo if job.done.exists()]:
+            bar.update(max(0, sum(job.steps for job in jobs) - bar.n))
+            for job in [job for job in todo if job.found.exists()]:
                 todo.remove(job)
-                tqdm.write(f"{job.name:<16} seed {job.seed}  {ending(json.loads(job.done.read_text()))}")
+                result = result_of(job)
+                tqdm.write(f"{str(job.name):<16} seed {job.seed}  " + (result["diverged"] or (
+                    "val loss {val_loss:.4f}  share {first_token_share:.3f}".format(**result["log"][-1]))))
 
         try:
             if at_once > 1 and todo:
                 run_side_by_side(todo, at_once, tick)
-            for job in list(todo):
-                one_run(job, tick)
-                tick()
+            while todo:
+                for job in list(todo):
+                    one_run(job, tick)
+                    tick()
+                time.sleep(1 if todo else 0)  # another command is at the rest
         except KeyboardInterrupt:
-            done = sum(job.done.exists() for job in jobs)
+            done = sum(job.found.exists() for job in jobs)
             raise KeyboardInterrupt(f"{done} of {len(jobs)} runs are done; the same command goes on"
                                     ) from None
-    return {(job.name, job.seed): json.loads(job.done.read_text()) for job in jobs}
-
-
-def ending(result):
-    """How a run ended, in a few words."""
-    if "diverged" in result:
-        return result["diverged"]
-    last = result["log"][-1]
-    share = f"  share {last['first_token_share']:.3f}" if "first_token_share" in last else ""
-    return f"val loss {last['val_loss']:.4f}{share}"
+    return {(job.name, job.seed): result_of(job) for job in jobs}
 
 
 def threads_each(at_once):
@@ -168,11 +218,11 @@ def threads_each(at_once):
     return max(1, torch.get_num_threads() // at_once)
 
 
-def work_off(queue):
-    """A child process: run after run, until None comes. A mistake of the user is told in one sentence."""
+def work_off(jobs):
+    """In a child process: each job that no other process is at. A user's mistake is told in one sentence."""
     def work():
         try:
-            for job in iter(queue.get, None):
+            for job in jobs:
                 one_run(job)
         except KeyboardInterrupt:  # told to stop, and saved: the parent says what there is to say
             sys.exit(130)
@@ -182,161 +232,78 @@ def work_off(queue):
 
 
 def run_side_by_side(todo, at_once, tick):
-    """Share the runs out among `at_once` processes. However this ends, no process is left behind."""
-    context = multiprocessing.get_context("spawn")
-    queue, running = context.Queue(), []
+    """Work off the jobs in `at_once` processes. However this ends, no process is left behind."""
     # The children read it when they load torch.
     os.environ["OMP_NUM_THREADS"] = str(todo[0].c.threads or threads_each(at_once))
     # Ctrl-C goes to all processes of a terminal. Only a run that trains has something to save, and listens by
     # itself (plumbing.machine.ctrl_c). A child that still loads must not print a traceback.
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which children inherit
+    context = multiprocessing.get_context("spawn")
+    running = [context.Process(target=work_off, args=(list(todo),)) for _ in range(at_once)]
     try:
-        for _ in range(at_once):
-            running.append(context.Process(target=work_off, args=(queue,)))
-            running[-1].start()
+        for process in running:
+            process.start()
         signal.signal(signal.SIGINT, handler)
-        for job in [*todo, *[None] * at_once]:
-            queue.put(job)
-        while running:
-            connection.wait([process.sentinel for process in running], timeout=1)
-            for process in [process for process in running if not process.is_alive()]:
-                running.remove(process)
-                if process.exitcode == 130:  # Ctrl-C, while this process was still starting others
-                    raise KeyboardInterrupt
-                if process.exitcode:
-                    raise ValueError(f"a run ended with status {process.exitcode}, see above; finished runs "
-                                     "stay")
+        while any(process.is_alive() for process in running):
+            connection.wait([process.sentinel for process in running if process.is_alive()], timeout=1)
+            if wrong := [process.exitcode for process in running if process.exitcode]:  # None: it still runs
+                raise KeyboardInterrupt if 130 in wrong else ValueError(
+                    f"a run ended with status {wrong[0]}, see above; finished runs stay")
             tick()
     finally:
         signal.signal(signal.SIGINT, handler)
-        queue.cancel_join_thread()  # nobody may be left to read what is in it
         for process in running:
             process.terminate()
         for process in running:
             process.join()
 
 
-# ---- numbers ---------------------------------------------------------------------------------------
+# ---- flags -----------------------------------------------------------------------------------------
 
 
-def count(config):
-    """Parameters of a model of this config. The model is built without its numbers."""
-    with torch.device("meta"):
-        return GPT(config).num_params()
+def positive(text):
+    """The type of a flag that counts something."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number, at least 1")
+    return int(text)
 
 
-def matched(config, parameters):
-    """`config` with the width inside the MLPs that brings it closest to this number of parameters."""
-    spare, per_unit = count(config) - parameters, 3 * config.n_embd * config.n_layer  # a SwiGLU is 3 matrices
-    return dataclasses.replace(config, mlp_hidden=config.mlp_hidden - round(spare / per_unit))
-
-
-def mean(values):
-    """nan if there are no values."""
-    values = list(values)
-    return statistics.fmean(values) if values else math.nan
-
-
-def deviation(values):
-    """Standard deviation of a sample; nan for fewer than two values, or where one is nan."""
-    values = list(values)
-    return statistics.stdev(values) if len(values) > 1 and not any(map(math.isnan, values)) else math.nan
-
-
-def is_noise(difference, error):
-    """Whether a mean difference is below twice its standard error, or the error is not known (one seed)."""
-    return not abs(difference) >= 2 * error
-
-
-# ---- files and flags -------------------------------------------------------------------------------
-
-
-def write_csv(path, rows):
-    """Rows as a csv file, with five digits, in a folder that is made. There may be no rows."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0] if rows else ["variant"])
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
-
-
-def read_csv(path):
-    """Rows as dicts, with numbers where the text is one."""
-    def value(text):
-        try:
-            return float(text)
-        except ValueError:
-            return text
-
-    with open(path, newline="") as file:
-        return [{k: value(v) for k, v in row.items()} for row in csv.DictReader(file)]
-
-
-def cell(row, key, columns):
-    """The text of a cell: a number in its format, - for nan. columns: {key of a row: (heading, format)}."""
-    return "-" if row[key] != row[key] else format(row[key], columns[key][1])
-
-
-def markdown(title, head, note, rows, columns):
-    """A file in Markdown: what made the table, a note on what it means, and the table."""
-    def line(cells):
-        return f"| {' | '.join(cells)} |"
-    lines = [f"# {title}\n", *(f"- {what}: {said}" for what, said in head.items()), note]
-    lines += [line(heading for heading, _ in columns.values())]
-    lines += [line("---:" if form else "---" for _, form in columns.values())]
-    return "\n".join([*lines, *(line(cell(row, key, columns) for key in columns) for row in rows), ""])
-
-
-def head(script, argv, c, at_once, **more):
-    """What made a table: {"command": ..., "machine": ...} and more."""
-    device = choose_device(c.device)
-    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else device
-    threads = c.threads or threads_each(at_once)
-    return {"command": f"`python experiments/{script} {shlex.join(argv)}`",
-            "machine": f"{chip} ({platform.machine()}), runs at a time: "
-                       f"{at_once}, threads each: {threads}, torch {torch.__version__}", **more}
-
-
-def run_parser(doc, script):
-    """A parser with the flags that all experiments have."""
-    parser = parser_of(doc, script, "[--flag=value ...]")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each kind [%(default)s]")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, on shared threads [%(default)s]")
+def parser_for(doc, name, seeds="3"):
+    """A parser with the flags that all experiments have, for the script name.py."""
+    parser = parser_of(doc, f"{name}.py", "[--flag=value ...]")
+    parser.add_argument("--seeds", type=positive, help=f"runs of each kind [{seeds}]")
+    parser.add_argument("--jobs", type=positive, default=1, help="runs at a time, sharing the threads [1]")
+    parser.add_argument("--steps", type=positive, help="optimizer steps of a run [the recipe's]")
+    parser.add_argument("--results", type=Path, help="folder for table and pictures [experiments/results for "
+                        f"three seeds or more and the recipe as it is, else out/{name}]")
     return parser
 
 
-def add_trial_flags(parser, name):
-    """Flags for an experiment that can be tried with less. A trial must not replace the recorded results."""
-    parser.add_argument("--steps", type=int, help="optimizer steps of a run [the recipe's]")
-    parser.add_argument("--results", type=Path, help="folder for table and pictures [experiments/results for "
-                        f"three seeds or more and the recipe as it is, else out/{name}]")
-
-
-def begin(doc, name, argv):
-    """(flags, folder for the results) of the script name.py, which has no flags of its own."""
-    parser = run_parser(doc, f"{name}.py")
-    add_trial_flags(parser, name)
-    flags = parser.parse_args(argv)
-    return flags, results_of(flags, name)
-
-
-def finish(folder, name, rows, text):
-    """Write rows to name.csv and a text to name.md, and print it."""
-    write_csv(folder / f"{name}.csv", rows)
-    (folder / f"{name}.md").write_text(text)
-    print(text)
-
-
 def results_of(flags, name, trial=False):
-    """The folder for the results of a command."""
-    at_least_one(flags, "seeds", "jobs", "steps")
-    return flags.results or (Path("out", name) if trial or flags.steps or flags.seeds < 3 else RESULTS)
+    """The folder for the results of a command. A trial must not replace the recorded ones."""
+    trial = trial or flags.steps or (flags.seeds or 3) < 3
+    return flags.results or (Path("out", name) if trial else RESULTS)
 
 
-def at_least_one(flags, *names):
-    """ValueError for a flag below 1; None is allowed."""
-    for name in names:
-        value = getattr(flags, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
+def begin(doc, name, argv, seeds="3"):
+    """(flags, folder for the results, what made them) of the script name.py, which has no other flags."""
+    argv = sys.argv[1:] if argv is None else argv
+    flags = parser_for(doc, name, seeds).parse_args(argv)
+    from experiments import figures  # noqa: F401  without matplotlib it stops here, before the training
+    return flags, results_of(flags, name), head(f"{name}.py", argv, train.TrainConfig(), flags.jobs)
+
+
+def head(script, argv, c, at_once):
+    """What made a table: {"command": ..., "machine": ...}."""
+    device = choose_device(c.device)
+    return {"command": f"`python experiments/{script} {shlex.join(argv)}`",
+            "machine": f"{device} ({chip(device)}), runs at a time: {at_once}, threads each: "
+                       f"{c.threads or threads_each(at_once)}, torch {torch.__version__}"}
+
+
+def chip(device):
+    """The name of the processor, as far as it is known."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    told = Path("/proc/cpuinfo").read_text(encoding="utf-8") if os.path.exists("/proc/cpuinfo") else ""
+    return (re.search(r"^model name\s*: (.+)$", told, re.MULTILINE) or [0, platform.machine()])[1]

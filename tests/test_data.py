@@ -210,26 +210,6 @@ def test_backcopy_is_the_same_text_everywhere_one_stream_of_bytes_cut_at_95_perc
     assert bytes([*tokens["train"], *tokens["val"]]).decode() == text
 
 
-# --- recall -----------------------------------------------------------------------------------------
-
-def test_a_letter_keeps_its_digit_nine_times_in_ten_and_rare_letters_stand_far_apart():
-    text = prepare.recall_text(200_000)
-    pairs, last, kept = list(zip(text[::2], text[1::2])), {}, []
-    for letter, digit in pairs:
-        kept += [digit == last[letter]] if letter in last else []
-        last[letter] = digit
-    assert abs(np.mean(kept) - (0.9 + 0.1 * 0.1)) < 0.005  # a new digit may be the old one
-    often = collections.Counter(letter for letter, _ in pairs)
-    assert len(often) == 52 and often["a"] / often["b"] == pytest.approx(2, rel=0.05)
-    assert set(text[1::2]) == set("0123456789")
-
-
-def test_recall_is_the_same_text_everywhere():
-    digest = hashlib.sha256(prepare.recall_text(20_000).encode()).hexdigest()
-    assert digest == "f076933681b47f2dcbb1cc0956f073035532ba2d7eb49510d0b2249628a02945"
-    assert prepare.recall_text(20_000, seed=1) != prepare.recall_text(20_000)
-
-
 # --- downloads, without a network -------------------------------------------------------------------
 
 SHARDS = {f"fineweb_{name}.bin": np.random.default_rng(i).integers(0, 50257, 20_000 + i)
@@ -378,7 +358,7 @@ def test_where_one_file_is_most_of_the_text_the_end_of_each_file_is_held_out(tmp
 @pytest.mark.parametrize("flags, said", [
     ("notes.txt --name=small", "small is there already: --overwrite replaces it"),
     ("haiku.txt", "haiku.txt and so on have 1,900 characters of text: give at least 2,000"),
-    ("pyhton", "pyhton is not there; sets known by name are python, backcopy, recall, shakespeare, fineweb"),
+    ("pyhton", "pyhton is not there; sets known by name are python, backcopy, shakespeare, fineweb"),
     *((f"notes.txt --name={name}", f"--name={name} must be letters, digits and . _ - only")
       for name in ("a/b", "..", ".hidden", "-x", "python", "fineweb")),
     *((f"fineweb --shards={n}", f"shards={n} must be 1 to 103") for n in (0, -1, 104))])

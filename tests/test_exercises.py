@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import jupytext
 import pytest
-from conftest import ROOT
+from conftest import ROOT, refusal
 from nbclient import NotebookClient
 
 from experiments import exercises as lab
@@ -26,15 +26,14 @@ SHORT = {"train.py": ["--max_steps=2", "--eval_every=2", "--eval_windows=4", "--
 
 def do(step, folder):
     """As lab.do, but in a fork of this process. It has loaded torch already, which takes most of the time."""
-    kind, what = step
-    if what[0] == "-m":
+    if step[1][0] == "-m":
         return lab.do(step, folder)
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         child = os.fork()
         if child == 0:
             sys.stdout, sys.stderr, status = out, err, 1
             try:
-                start(kind, what, folder)
+                start(*step, folder)
                 status = 0
             except SystemExit as end:
                 status = end.code or 0
@@ -83,15 +82,21 @@ def each(exercises):
     return pytest.mark.parametrize("exercise", exercises, ids=lambda e: f"{e.number} {e.title}")
 
 
+def shown(*exercises):
+    return "".join(re.findall(r"^```text\n(.+?)^```$", "".join(e.text for e in exercises), re.M | re.S))
+
+
 @each(EXERCISES)
-def test_every_exercise_can_be_done(exercise, project):
+def test_every_exercise_can_be_done_and_lacks_nothing(exercise, project):
+    for part in ("**Question.**", "**Predict first.**", "**Run.**", "**What you should see.**", "**Check.**",
+                 "<summary>Answer</summary>"):
+        assert exercise.text.count(part) == 1, part
     folder, printed = project(exercise.edits), []
     for step in exercise.needs + exercise.steps:
         ran = do(step, folder)
         assert ran.returncode == (2 if step[0] == "refused" else 0), ran.stderr
         printed += [ran.stdout] * (step[0] == "python")
-    shown = re.findall(r"^```text\n(.+?)^```$", exercise.text, re.M | re.S)
-    assert "".join(printed).startswith("".join(shown))  # what follows from no training is shown to the letter
+    assert "".join(printed).startswith(shown(exercise))  # what no training decides is shown to the letter
 
 
 def bands(seen):
@@ -110,7 +115,7 @@ def bands(seen):
 
 @each([e for e in EXERCISES if e.recorded])
 def test_every_band_is_what_was_recorded(exercise):
-    commands = ["python " + " ".join(command) for command in exercise.trainings()]
+    commands = ["python " + " ".join(command) for command in exercise.trainings]
     with open(lab.RESULTS / "exercises.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["command"] in commands]
     assert len(rows) == len(commands)
@@ -125,35 +130,29 @@ def test_every_band_is_what_was_recorded(exercise):
         assert [low, high] == [min(values, key=float), max(values, key=float)], what
 
 
-def code_cells(notebook):
-    return [cell for cell in notebook.cells if cell.cell_type == "code"]
-
-
-def test_as_a_notebook_its_cells_are_the_python_and_sh_blocks_and_to_save_it_changes_nothing():
+def test_as_a_notebook_its_cells_are_its_blocks_and_those_that_train_nothing_print_what_is_shown(
+        tmp_path, monkeypatch):
     notebook = jupytext.reads(TEXT, fmt="md")
     blocks = re.findall(r"^```(python|sh)\n(.+?)\n```$", TEXT, re.M | re.S)
     assert {language for language, _ in blocks} == {"python", "sh"}
     assert notebook.metadata.kernelspec.language == "python"
-    assert [cell.source for cell in code_cells(notebook)] == [
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.source for cell in code] == [
         "%%sh\n" * (language == "sh") + block for language, block in blocks]
     assert jupytext.writes(notebook, fmt="md") == TEXT  # JupyterLab saves a notebook every two minutes
 
-
-def test_in_a_kernel_the_cells_that_need_no_training_print_what_is_shown(tmp_path, monkeypatch):
-    untrained = [e for e in EXERCISES if not e.trainings()]
-    notebook = jupytext.reads(TEXT, fmt="md")
-    notebook.cells = [cell for cell in code_cells(notebook)
-                      if any(("python", cell.source + "\n") in e.steps for e in untrained)]
-    assert len(untrained) >= 3 and len(notebook.cells) == sum(len(e.steps) for e in untrained)
+    untrained = [e for e in EXERCISES if not e.trainings]
+    steps = [step for e in untrained for step in e.steps]
+    notebook.cells = [cell for cell in code if ("python", cell.source + "\n") in steps]
+    assert len(untrained) >= 3 and len(notebook.cells) == len(steps)
     monkeypatch.delenv("JUPYTER_PATH", raising=False)  # no kernel but this environment's
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as in conftest, three times as fast
     for name in ("JUPYTER_DATA_DIR", "IPYTHONDIR"):
         monkeypatch.setenv(name, str(tmp_path / name))
     NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
-    shown = re.findall(r"^```text\n(.+?)^```$", "".join(e.text for e in untrained), re.M | re.S)
     printed = [output for cell in notebook.cells for output in cell.outputs]
     assert {output.name for output in printed} == {"stdout"}
-    assert "".join(output.text for output in printed) == "".join(shown)
+    assert "".join(output.text for output in printed) == shown(*untrained)
 
 
 def test_python_blocks_can_be_typed_or_pasted_into_python():
@@ -166,15 +165,17 @@ def test_python_blocks_can_be_typed_or_pasted_into_python():
         assert not typed, block
 
 
-def test_an_edit_that_fits_no_more_is_refused(tmp_path):
+def test_what_cannot_be_recorded_is_refused_in_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="0 times instead of once"):
         lab.copy_project(tmp_path / "copy", [("train.py", "no such line\n", "another\n")])
-
-
-def test_no_exercise_lacks_a_question_a_prediction_a_check_or_an_answer():
     assert [e.number for e in EXERCISES] == list(range(1, len(EXERCISES) + 1)) and len(EXERCISES) >= 10
-    parts = ["**Question.**", "**Predict first.**", "**Run.**", "**What you should see.**", "**Check.**",
-             "<summary>Answer</summary>"]
-    for exercise in EXERCISES:
-        for part in parts:
-            assert exercise.text.count(part) == 1, (exercise.number, part)
+    assert "only=2,99: 99 is none of 2, 3, " in refusal(lab.main, "--only=2,99")
+    monkeypatch.setattr(lab, "RESULTS", tmp_path)  # where nothing is recorded yet, as after a changed command
+    ran = [{"first_token_share": "0.5", "gate_score": "nan", "max_activation": "1", "val_loss": "3",
+            "uniform_share": "0.07"}], "printed"
+    first, second = [e for e in EXERCISES if len(e.trainings) == 1][:2]
+    with pytest.raises(ValueError, match=f"exercise {second.number} has a command that was not recorded"):
+        lab.record([first, second], {(first.number, 0): ran}, 1, {})
+    lab.record([first], {(first.number, 0): ran}, 1, {})
+    lab.record([first], {}, 1, {})  # it stays
+    assert "| 0.500 | - | 1.000 | 3.000 | 0.070 | printed |" in (tmp_path / "exercises.md").read_text()
