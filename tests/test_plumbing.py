@@ -115,17 +115,6 @@ def test_folders_are_made_where_they_are_missing_but_not_where_a_file_is(old):
     assert sorted(os.listdir(old.parent)) == ["a", "file"] and old.read_bytes() == b"old"
 
 
-@pytest.mark.parametrize("there, found", [
-    (["old"], "old"), (["old", "run"], "old"), (["run"], "run"), (["run/copy"], "run/copy"), ([], "old"),
-    (["elsewhere"], "old")])
-def test_a_tokenizer_is_where_it_was_or_beside_what_needs_it(there, found, tmp_path):
-    for name in there:
-        (tmp_path / name).mkdir(parents=True)
-        (tmp_path / name / "tokenizer.json").write_text("{}")
-    assert files.found_again(str(tmp_path / "old"), tmp_path / "run") == str(tmp_path / found)
-    assert files.found_again("bytes", tmp_path / "run") == "bytes"
-
-
 # ---- checkpoints -------------------------------------------------------------------------------------
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from data import prepare
 from data.tokenizers import get_tokenizer
 from gated_gpt import GPT, measure
 from plumbing import checkpoint
-from plumbing.report import layer_table, means_table
+from plumbing.report import layer_table
 
 UNICODE = "naïve 東京 🙂🏽 ñ\n"
 
@@ -177,13 +177,6 @@ def test_a_long_text_is_measured_in_64_blocks_that_span_it():
     assert blocks[-1].tolist() == list(text[-10:].encode()) and len(set(blocks[:, 0].tolist())) > 50
     with_bos = sample.text_blocks(text, encoding, 256, 10)
     assert with_bos.shape == (64, 10) and set(with_bos[:, 0].tolist()) == {256}
-
-
-def test_figures_of_others_are_shown_for_the_same_gate_only():
-    layers = [dict(gate_score=float("nan"), max_activation=2.0, first_token_share=0.5)] * 2
-    for gate, lines in {"none": 4, "g1": 4, "g2": 3, "g5": 2}.items():
-        assert len(means_table(layers, gate, 1, 512).splitlines()) == lines
-    assert means_table(layers, "none", 1, 512).splitlines()[1].split()[-3:] == ["0.500", "-", "2.0"]
 
 
 @pytest.mark.parametrize("flags", [["--tokens=0"], ["--prompt=Speak 東🙂 $x$ $\\frac$" + "x" * 99],
