@@ -598,6 +598,14 @@ def test_temperature_zero_and_top_k_one_are_greedy(options):
     assert torch.equal(model.generate(idx, 4, **options), greedy)
 
 
+def test_without_options_tokens_are_drawn_from_all_at_temperature_1():
+    model, idx = lively(tiny()), tokens(1, 4).expand(50, -1)
+    one, *others = (torch.stack([*make(idx, 4, *options, generator=torch.Generator().manual_seed(0))])
+                    for make in (lambda *a, **b: model.generate(*a, **b)[:, 4:].T, model.stream)
+                    for options in ((), (1.0, None)))
+    assert all(torch.equal(one, other) for other in others) and len(one.unique()) > 5
+
+
 def test_top_k_is_k_tokens_also_where_logits_are_equal():
     for k, dtype in itertools.product(range(1, 6), (torch.float32, torch.bfloat16)):
         rows = torch.tensor([[2.0, 2, 2, 1, 0]], dtype=dtype).expand(1000, -1)
