@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees it
 from data import prepare
 from data.tokenizers import front_ids, get_tokenizer
 from experiments import runner
-from experiments.runner import mean
 from experiments.sink_gate import TRUE, Fit, bar, distill, early, far_from, look, losses, masked
+from experiments.tables import finish, markdown, mean, write_csv
 from gated_gpt import attention_maps, evaluating, uniform_share
 from plumbing import smollm2
 from plumbing.flags import parser_of, run_main
@@ -133,12 +133,11 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     parser = parser_of(__doc__, "real_model.py", "[--flag=value ...]")
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="a Llama or Qwen3 model [SmolLM2]")
-    parser.add_argument("--distill", type=int, metavar="STEPS", help="train the gate for so many steps, too")
+    parser.add_argument("--distill", type=runner.positive, metavar="STEPS", help="train the gate, too")
     parser.add_argument("--device", default="cpu", help="auto, cpu, cuda, mps [%(default)s]")
     parser.add_argument("--results", type=Path, metavar="FOLDER", help="for tables and pictures "
                         "[experiments/results for SmolLM2, else out/real_model]")
     flags = parser.parse_args(argv)
-    runner.at_least_one(flags, "distill")
     if missing := [name for name in NEEDS if importlib.util.find_spec(name) is None]:
         raise ValueError(f"a real model needs a few more packages: pip install {' '.join(missing)}")
     folder = flags.model or smollm2.fetch(Path("out", "smollm2"))
@@ -150,32 +149,30 @@ def main(argv=None):
     model = load_released(folder, T).float().to(device)
     texts = {kind: idx.to(device) for kind, idx in windows(str(folder)).items()}
     tests = {kind: idx[:TEST] for kind, idx in texts.items()}
-    head = runner.head("real_model.py", argv, TrainConfig(device=flags.device, threads=threads), 1,
-                       model=f"{folder.name}, {model.num_params():,} parameters, in float32",
-                       texts=f"of Python {platform.python_version()} and this repository; measured on {TEST} "
-                             f"windows of {T} tokens of each kind, on which nothing was fitted")
+    head = runner.head("real_model.py", argv, TrainConfig(device=flags.device, threads=threads), 1) | {
+        "model": f"{folder.name}, {model.num_params():,} parameters, in float32",
+        "texts": f"of Python {platform.python_version()} and this repository; measured on {TEST} windows of "
+                 f"{T} tokens of each kind, on which nothing was fitted"}
 
     held_out = look(model, torch.cat([*tests.values()]), "test windows: looking")
     layers = layers_of(model, tests, held_out)
     found, explained = all_losses(model, texts, tests, held_out)
     for row, *r2 in zip(layers, *explained):
         row["R2"] = mean(r2)
-    rows = loss_rows(found)
     for what, key, of in (("share, mean of layers", "", mean), ("late share, mean of layers", "late_", mean),
                           ("largest share of a head", "head_", max)):
         head[what] = ", ".join(f"{kind} {of(row[key + kind] for row in layers):.3f}" for kind in tests)
-    runner.write_csv(results / "real_model_layers.csv", layers)
-    runner.finish(results, "real_model", rows,
-                  runner.markdown("A real language model", head, LAYER_NOTE, layers, LAYERS) + "\n"
-                  + runner.markdown("Without its sink", {}, LOSS_NOTE, rows, LOSSES))
-    from experiments import figures
-    print(*figures.save(results, "real_model", {
-        "layers": lambda: draw_layers(layers, list(tests)),
-        "sink": lambda: draw_sink(model, get_tokenizer(str(folder)), found, rows)}))
+    rows = loss_rows(found)
+    write_csv(results / "real_model_layers.csv", layers)
+    finish(results, "real_model", rows,
+           markdown("A real language model", head, LAYER_NOTE, layers, LAYERS) + "\n"
+           + markdown("Without its sink", {}, LOSS_NOTE, rows, LOSSES),
+           layers=lambda: draw_layers(layers, list(tests)),
+           sink=lambda: draw_sink(model, get_tokenizer(str(folder)), found, rows))
     if flags.distill:
         rows = distilled(model, texts, tests, flags.distill)
-        runner.finish(results, "real_model_distill", rows,
-                      runner.markdown("The gate, trained", head, DISTILL_NOTE, rows, DISTILL))
+        finish(results, "real_model_distill", rows,
+               markdown("The gate, trained", head, DISTILL_NOTE, rows, DISTILL))
 
 
 # ---- the tables ------------------------------------------------------------------------------------
