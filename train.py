@@ -1,7 +1,7 @@
 """
 Train a gated GPT:
 
-    python train.py --gate=none                a text model with an attention sink
+    python train.py --gate=none                a text model that grows a sink
     python train.py                            the same, gated: no sink
     python train.py --resume --max_steps=6000  go on with the newest run
     torchrun --standalone --nproc_per_node=2 train.py    train on two GPUs
