@@ -4,8 +4,8 @@ What makes an attention sink on real text? The laptop preset without a gate, one
     python experiments/sink_on_text.py --jobs=2     51 runs, an hour
     python experiments/sink_on_text.py --seeds=1 --steps=100    a trial
 
-First optimizer x QK-norm x weight decay, three seeds. Then the width, each with four learning rates, and the
-best of them with a window twice as long; one seed.
+First optimizer x QK-norm x weight decay (none, 0.1, the preset's), three seeds. Then widths, each with four
+learning rates, and the best of them with a window twice as long; one seed.
 Reading order: causes, widths -> draw -> main.
 """
 import itertools
@@ -17,9 +17,9 @@ from experiments import runner
 from experiments.tables import MEASURED, NOTE, finish, markdown, measured
 from experiments.variants import values_of
 from plumbing.flags import run_main
-from train import make_configs
+from train import PRESETS, make_configs
 
-OPTIMIZERS, SWITCHES, DECAYS = ("adamw", "muon"), ("on", "off"), (0.0, 0.1, 0.25)  # 0.25: the preset's
+OPTIMIZERS, SWITCHES, DECAYS = ("adamw", "muon"), ("on", "off"), (0.0, 0.1, PRESETS["laptop"]["weight_decay"])
 WIDTHS, RATES = (32, 64, 128), (0.002, 0.004, 0.008, 0.016)  # heads have 32 channels; the preset: 64 and .008
 
 

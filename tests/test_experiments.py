@@ -1,5 +1,6 @@
 """Claims about the experiments: the paper's rows at fair sizes, runs that are kept and shared, numbers."""
 import contextlib
+import csv
 import dataclasses
 import importlib
 import io
@@ -59,7 +60,7 @@ def here(tmp_path, monkeypatch, small, use_data):
     for task in ("text", "backcopy"):
         monkeypatch.setitem(variants.TASKS, task, variants.TASKS[task] | TINY)
     for module, name, value in (
-            (train, "MEASURE_WINDOWS", 4), (long_context, "TRAINED", 16), (long_context, "LONGER", (1, 2, 8)),
+            (train, "MEASURE_WINDOWS", 4), (long_context, "TRAINED", 16), (long_context, "LONGER", (1, 8)),
             (long_context, "TOKENS", 512), (long_context, "BATCH", 256),
             (learning_rates, "RATES", (0.002, 0.004)), (sink_on_text, "DECAYS", (0.0, 0.1, 0.2)),
             (sink_on_text, "WIDTHS", (32, 64)), (sink_on_text, "RATES", (0.002, 0.004))):
@@ -74,13 +75,9 @@ def command(module, *flags):
     return out
 
 
-def table(path):
-    return {row["variant"]: row for row in tables_of(path)}
-
-
-def tables_of(path):
-    lines = [line.split(",") for line in path.read_text().splitlines()]
-    return [dict(zip(lines[0], line)) for line in lines[1:]]
+def rows_in(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def job(look=compare_gates.closer_look, gate="none", **changes):
@@ -165,9 +162,9 @@ def test_a_variant_that_makes_no_sense_is_left_out_and_said():
 
 def test_all_variants_train_and_are_tabled_and_drawn(here):
     screen = command(compare_gates, "--seeds=1", "--steps=2", "--results=results")
-    rows, text = table(here / "results/text.csv"), (here / "results/text.md").read_text()
-    assert list(rows) == list(VARIANTS)
-    for name, row in rows.items():
+    rows, text = rows_in(here / "results/text.csv"), (here / "results/text.md").read_text()
+    assert [row["variant"] for row in rows] == list(VARIANTS)
+    for name, row in zip(VARIANTS, rows):
         assert f"\n| {name} | {int(row['parameters']):,} | 1 | 0 | {float(row['val_loss']):.4f} |" in text
         assert f"\n| {name} | {float(row['val_loss']):.4f} |" in screen
         assert 0 < float(row["share"]) < 1 and float(row["floor"]) == float(f"{uniform_share(16):.5g}")
@@ -187,9 +184,8 @@ def test_all_variants_train_and_are_tabled_and_drawn(here):
 def test_a_variant_is_one_row_and_text_has_five_seeds_of_two(here, monkeypatch):
     monkeypatch.setitem(VARIANTS, "mine", variants.Variant(dict(gate="g2", gate_act="identity")))
     command(compare_gates, "--variants=mine,g1", "--steps=2")
-    rows = table(here / "out/compare-text/text.csv")
-    assert {name: row["seeds"] for name, row in rows.items()} == {"none": "5", "g1": "5", "mine": "3"}
-    row = rows["mine"]
+    *rows, row = rows_in(here / "out/compare-text/text.csv")
+    assert [(r["variant"], r["seeds"]) for r in (*rows, row)] == [("none", "5"), ("g1", "5"), ("mine", "3")]
     assert row["pair"] == "none" and row["paper_row"] == "" and math.isfinite(float(row["difference"]))
 
 
@@ -360,29 +356,29 @@ def test_runs_side_by_side_are_stopped_by_ctrl_c_and_go_on(here, monkeypatch):
 
 
 @pytest.mark.parametrize("script, rows, pictures", [
-    (learning_rates, 3 * 2, 1), (late_gate, 2 * 5, 1), (long_context, 2 * 3 * 3 * 3, 2),
+    (learning_rates, 3 * 2, 1), (late_gate, 2 * 5, 1), (long_context, 2 * 3 * 3 * 2, 2),
     (sink_on_text, 12, 1)], ids=lambda x: getattr(x, "__name__", None))
 def test_an_experiment_trains_tables_and_draws(script, rows, pictures, here, monkeypatch):
     monkeypatch.delitem(variants.TASKS["text"], "n_kv_head")  # in place of widths with one head
     out = command(script, "--seeds=1", "--steps=2", "--results=results")
     name = script.__name__.rpartition(".")[2]
-    found = tables_of(here / f"results/{name}.csv")
+    found = rows_in(here / f"results/{name}.csv")
     assert len(found) == rows and (here / f"results/{name}.md").read_text() in out
     assert all(math.isfinite(float(row.get("val_loss", row.get("score")))) for row in found)
     drawn = [Path(word) for word in out.split() if word.endswith(".png")]
     assert len(drawn) == pictures and all(path.stat().st_size > 5000 for path in drawn)
     if script is sink_on_text:  # of each width, the better rate again with a window of 128
-        sizes = tables_of(here / "results/sink_on_text_width.csv")
+        sizes = rows_in(here / "results/sink_on_text_width.csv")
         assert [(row["width"], row["T"]) for row in sizes[4:]] == [("32", "128"), ("64", "128")]
         assert float(sizes[0]["floor"]) == pytest.approx(0.074123) and float(sizes[4]["floor"]) < 0.05
 
 
-def test_experiments_share_their_runs(here):
-    command(late_gate, "--seeds=1", "--steps=2")
-    assert "2 of 3 runs are done already" in command(long_context, "--seeds=1", "--steps=2")
-    assert "2 of 2 runs are done already" not in command(  # trained, but not looked at with these eyes
-        compare_gates, "--seeds=1", "--steps=2", "--variants=g1")
-    assert len(list(here.glob("out/runs/python-*"))) == 2 + 1 + 3
+def test_experiments_share_their_runs(small, use_data):
+    use_data(small)
+    none, g1 = (variants.recipes_of("text", ["none", "g1"])[name] for name in ("none", "g1"))
+    assert none == train.make_configs(variants.values_of("text")) == sink_on_text.causes()["muon", "off", 0.5]
+    assert none == sink_on_text.widths([(64, 0.008)], 64)[64, 0.008, 64]
+    assert [none, g1] == [learning_rates.recipes()[name, 0.008] for name in ("none", "g1")]
 
 
 def test_the_score_of_bos_and_the_weight_of_the_rest_give_the_share():
