@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees it
 import train
 from data.tokenizers import get_tokenizer, labels
 from experiments import runner
-from experiments.tables import MEASURED, NOTE, deviation, finish, good, markdown, mean, measured
+from experiments.tables import MEASURED, NOTE, deviation, good, markdown, mean, measured
 from experiments.variants import DECIDED, TASKS, VARIANTS, configs_of, values_of
 from gated_gpt import Gate, GPTConfig, attention_maps, evaluating
 from plumbing.flags import add_flags, run_main
@@ -121,7 +121,7 @@ def main(argv=None):
     head = runner.head("compare_gates.py", argv, c, flags.jobs) | {
         "recipe": " ".join(f"{k}={v}" for k, v in sorted(values.items()) if k not in runner.MACHINE)}
     title, short = f"compare_gates: {task}", {key: COLUMNS[key] for key in SCREEN}
-    finish(folder, task, rows.values(), markdown(title, head, NOTE + MORE, rows.values(), COLUMNS),
+    runner.finish(folder, task, rows.values(), markdown(title, head, NOTE + MORE, rows.values(), COLUMNS),
            show=markdown(title, head, "", rows.values(), short) + f"\nall columns: {folder / task}.md",
            share=lambda: figures.draw_share(rows, results), loss=lambda: figures.draw_loss(rows),
            scores=lambda: figures.draw_scores(rows, results), maps=lambda: figures.draw_maps(results))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees its own folder only
 from experiments import long_context, runner
-from experiments.tables import MEASURED, finish, good, markdown, mean, measured
+from experiments.tables import MEASURED, good, markdown, mean, measured
 from experiments.variants import recipes_of
 from plumbing.flags import run_main
 
@@ -84,7 +84,7 @@ def main(argv=None):
             rows.append({"task": task, "run": name} | measured(found[task], name, config)
                         | {"long_loss": longer})
     text = markdown("late_gate", head, NOTE, rows, COLUMNS)
-    finish(folder, "late_gate", rows, text, share=lambda: draw(found))
+    runner.finish(folder, "late_gate", rows, text, share=lambda: draw(found))
 
 
 if __name__ == "__main__":

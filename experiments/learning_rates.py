@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees its own folder only
 from experiments import runner
-from experiments.tables import AT_THE_END, finish, good, markdown, measured
+from experiments.tables import AT_THE_END, good, markdown, measured
 from experiments.variants import recipes_of
 from plumbing.flags import run_main
 
@@ -76,7 +76,7 @@ def main(argv=None):
     head["runs"] = f"text, {c.max_steps:,} steps, {flags.seeds or 3} seeds, {c.optimizer}, QK-norm off"
     lines = table_of(rows)
     text = markdown("learning_rates", head, NOTE, lines, {name: (name, "") for name in lines[0]})
-    finish(folder, "learning_rates", rows, text, loss=lambda: draw(results))
+    runner.finish(folder, "learning_rates", rows, text, loss=lambda: draw(results))
 
 
 if __name__ == "__main__":

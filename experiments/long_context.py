@@ -18,7 +18,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees its own folder only
 from data import prepare
 from experiments import runner
-from experiments.tables import finish, good, markdown, mean
+from experiments.tables import good, markdown, mean
 from experiments.variants import recipes_of
 from gated_gpt import evaluating, measure
 from plumbing.flags import run_main
@@ -161,7 +161,8 @@ def main(argv=None):
         more = rows_of(task, found[task])
         rows, lines = rows + more[0], lines + more[1]
     text = markdown("long_context", head, NOTE, lines, {name: (name, "") for name in lines[0]})
-    finish(folder, "long_context", rows, text, tasks=lambda: draw_tasks(found), why=lambda: draw_why(found))
+    runner.finish(folder, "long_context", rows, text, tasks=lambda: draw_tasks(found),
+                  why=lambda: draw_why(found))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from data import prepare
 from data.tokenizers import front_ids, get_tokenizer
 from experiments import runner
 from experiments.sink_gate import TRUE, Fit, bar, distill, early, far_from, look, losses, masked
-from experiments.tables import finish, markdown, mean, write_csv
+from experiments.tables import markdown, mean, write_csv
 from gated_gpt import attention_maps, evaluating, uniform_share
 from plumbing import smollm2
 from plumbing.flags import parser_of, run_main
@@ -164,15 +164,14 @@ def main(argv=None):
         head[what] = ", ".join(f"{kind} {of(row[key + kind] for row in layers):.3f}" for kind in tests)
     rows = loss_rows(found)
     write_csv(results / "real_model_layers.csv", layers)
-    finish(results, "real_model", rows,
-           markdown("A real language model", head, LAYER_NOTE, layers, LAYERS) + "\n"
-           + markdown("Without its sink", {}, LOSS_NOTE, rows, LOSSES),
-           layers=lambda: draw_layers(layers, list(tests)),
-           sink=lambda: draw_sink(model, get_tokenizer(str(folder)), found, rows))
+    text = (markdown("A real language model", head, LAYER_NOTE, layers, LAYERS) + "\n"
+            + markdown("Without its sink", {}, LOSS_NOTE, rows, LOSSES))
+    runner.finish(results, "real_model", rows, text, layers=lambda: draw_layers(layers, list(tests)),
+                  sink=lambda: draw_sink(model, get_tokenizer(str(folder)), found, rows))
     if flags.distill:
         rows = distilled(model, texts, tests, flags.distill)
-        finish(results, "real_model_distill", rows,
-               markdown("The gate, trained", head, DISTILL_NOTE, rows, DISTILL))
+        text = markdown("The gate, trained", head, DISTILL_NOTE, rows, DISTILL)
+        runner.finish(results, "real_model_distill", rows, text)
 
 
 # ---- the tables ------------------------------------------------------------------------------------

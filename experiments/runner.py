@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 import train
 from data import prepare
+from experiments.tables import write_csv
 from gated_gpt import GPTConfig
 from plumbing import checkpoint
 from plumbing.files import whole_file
@@ -291,6 +292,14 @@ def begin(doc, name, argv, seeds="3"):
     flags = parser_for(doc, name, seeds).parse_args(argv)
     from experiments import figures  # noqa: F401  without matplotlib it stops here, before the training
     return flags, results_of(flags, name), head(f"{name}.py", argv, train.TrainConfig(), flags.jobs)
+
+
+def finish(folder, name, rows, text, show=None, **pictures):
+    """Write name.csv and name.md, print the text (or `show`), and draw the pictures: see figures.save."""
+    from experiments import figures  # here, because the processes that train do not need it
+    write_csv(folder / f"{name}.csv", rows)
+    (folder / f"{name}.md").write_text(text, encoding="utf-8")
+    print(show or text, *figures.save(folder, name, pictures), sep="\n")
 
 
 def head(script, argv, c, at_once):

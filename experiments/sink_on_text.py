@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees its own folder only
 from experiments import runner
-from experiments.tables import MEASURED, NOTE, finish, markdown, measured
+from experiments.tables import MEASURED, NOTE, markdown, measured
 from experiments.variants import values_of
 from plumbing.flags import run_main
 from train import PRESETS, make_configs
@@ -73,7 +73,7 @@ def main(argv=None):
 
     results, rows = run(causes(flags.steps), flags.seeds or 3, CAUSES)
     text = markdown("sink_on_text: causes", head, NOTE + OTHERS, rows, CAUSES | MEASURED)
-    finish(folder, "sink_on_text", rows, text, share=lambda: draw(results))
+    runner.finish(folder, "sink_on_text", rows, text, share=lambda: draw(results))
 
     pairs = list(itertools.product(WIDTHS, RATES))
     _, rows = run(widths(pairs, 64, flags.steps), flags.seeds or 1, SIZES)
@@ -81,7 +81,7 @@ def main(argv=None):
     best = [(width, max(RATES, key=lambda rate: share[width, rate])) for width in WIDTHS]
     rows += run(widths(best, 128, flags.steps), flags.seeds or 1, SIZES)[1]
     text = markdown("sink_on_text: width, rate and window", head, NOTE, rows, SIZES | MEASURED)
-    finish(folder, "sink_on_text_width", rows, text)
+    runner.finish(folder, "sink_on_text_width", rows, text)
 
 
 if __name__ == "__main__":

@@ -91,11 +91,3 @@ def markdown(title, head, note, rows, columns):
              *([cell(row[key], form) for key, (_, form) in columns.items()] for row in rows)]
     return "\n".join([f"# {title}\n", *(f"- {what}: {text}" for what, text in head.items()), note,
                       *(f"| {' | '.join(cells)} |" for cells in table), ""])
-
-
-def finish(folder, name, rows, text, show=None, **pictures):
-    """Write name.csv and name.md, print the text (or `show`), and draw the pictures: see figures.save."""
-    from experiments import figures  # here, because the processes that train do not need it
-    write_csv(folder / f"{name}.csv", rows)
-    (folder / f"{name}.md").write_text(text, encoding="utf-8")
-    print(show or text, *figures.save(folder, name, pictures), sep="\n")
