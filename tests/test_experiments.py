@@ -1,7 +1,6 @@
 """Claims about the experiments: the paper's rows at fair sizes, runs that are kept and shared, numbers."""
 import contextlib
 import csv
-import dataclasses
 import importlib
 import io
 import json
@@ -125,14 +124,18 @@ def test_each_variant_adds_the_parameters_that_the_paper_says(name, monkeypatch)
 
 
 @pytest.mark.parametrize("task", variants.TASKS)
-def test_dense_variants_have_the_baselines_size_to_half_a_percent(task):
+def test_dense_variants_have_the_baselines_size_to_half_a_percent_and_what_makes_no_sense_is_left_out(task):
     base, _ = train.make_configs(variants.TASKS[task] | {"gate": "none", "vocab_size": 257})
-    configs = variants.configs_of(VARIANTS, base, say=lambda text: None)
+    said = []
+    configs = variants.configs_of(VARIANTS, base, said.append)
     for name, config in configs.items():
         if VARIANTS[name].pair == "none":
-            assert abs(GPT(config).num_params() / GPT(base).num_params() - 1) < 0.005, name
+            assert abs(variants.count(config) / variants.count(base) - 1) < 0.005, name
     expert = GPT(configs["moe"]).blocks[0].mlp.experts[0]
     assert 2 * expert.up_proj.out_features == base.mlp_hidden  # active: as many as in the dense MLP
+    assert ("kv-heads" in configs) == (base.n_kv_head < base.n_head) == (not said)
+    assert not said or said[0].startswith("kv-heads is left out") and "makes room" in said[0]
+    assert list(variants.configs_of(["g1", "moe-g1"], base)) == ["none", "g1", "moe", "moe-g1"]
 
 
 def test_variants_cover_the_papers_tables_with_their_numbers():
@@ -150,17 +153,11 @@ def test_variants_cover_the_papers_tables_with_their_numbers():
     assert Path(variants.__file__).read_text().count(example) == 2
 
 
-def test_a_variant_that_makes_no_sense_is_left_out_and_said():
-    said = []
-    configs = variants.configs_of(["kv-heads", "g1"], dataclasses.replace(BASE, n_kv_head=4), said.append)
-    assert list(configs) == ["none", "g1"]  # and the baseline comes along unasked
-    assert len(said) == 1 and said[0].startswith("kv-heads is left out") and "n_kv_head=2" in said[0]
-
-
 # ---- the comparison --------------------------------------------------------------------------------
 
 
-def test_all_variants_train_and_are_tabled_and_drawn(here):
+def test_all_variants_train_and_are_tabled_and_drawn_a_new_one_too(here, monkeypatch):
+    monkeypatch.setitem(VARIANTS, "mine", variants.Variant(dict(gate="g2", gate_act="identity")))
     screen = command(compare_gates, "--seeds=1", "--steps=2", "--results=results")
     rows, text = rows_in(here / "results/text.csv"), (here / "results/text.md").read_text()
     assert [row["variant"] for row in rows] == list(VARIANTS)
@@ -170,6 +167,7 @@ def test_all_variants_train_and_are_tabled_and_drawn(here):
         assert 0 < float(row["share"]) < 1 and float(row["floor"]) == float(f"{uniform_share(16):.5g}")
         assert len(row["late_share_by_layer"].split()) == 2
         assert (row["gate_score"] == "nan") == (variants.configs_of([name], BASE)[name].gate == "none")
+    assert row["pair"] == "none" and row["paper_row"] == "" and math.isfinite(float(row["difference"]))
     assert "python experiments/compare_gates.py --seeds=1" in text and torch.__version__ in text
     drawn = {path.name: path.stat().st_size for path in (here / "results").glob("*.png")}
     assert sorted(drawn) == [f"text_{name}.png" for name in ("loss", "maps", "scores", "share")]
@@ -181,12 +179,10 @@ def test_all_variants_train_and_are_tabled_and_drawn(here):
     assert {path.name for path in (here / "results").glob("*.png")} == {"text_loss.png", "text_share.png"}
 
 
-def test_a_variant_is_one_row_and_text_has_five_seeds_of_two(here, monkeypatch):
-    monkeypatch.setitem(VARIANTS, "mine", variants.Variant(dict(gate="g2", gate_act="identity")))
-    command(compare_gates, "--variants=mine,g1", "--steps=2")
-    *rows, row = rows_in(here / "out/compare-text/text.csv")
-    assert [(r["variant"], r["seeds"]) for r in (*rows, row)] == [("none", "5"), ("g1", "5"), ("mine", "3")]
-    assert row["pair"] == "none" and row["paper_row"] == "" and math.isfinite(float(row["difference"]))
+def test_text_has_five_seeds_of_none_and_g1(here):
+    command(compare_gates, "--variants=g1,g2", "--steps=2")
+    seeds = {row["variant"]: row["seeds"] for row in rows_in(here / "out/compare-text/text.csv")}
+    assert seeds == {"none": "5", "g1": "5", "g2": "3"}
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -212,28 +208,23 @@ def finished(*losses, share=0.5):
         tokens_per_second=100.0, layers=[layer])]} for loss in losses]
 
 
-def row_of(none, g1):
-    runs = {"none": none, "g1": g1}
-    results = {(name, seed): run for name in runs for seed, run in enumerate(runs[name])}
-    return compare_gates.summary("g1", BASE, results)
+DIVERGED = [{"diverged": "the loss is nan", "log": []}]
 
 
-def test_differences_are_paired_by_seed_and_below_two_standard_errors_they_are_noise():
-    row = row_of(finished(1.0, 2.0, 3.0), finished(0.9, 1.9, 2.8))  # noisy losses, steady differences
-    assert row["difference"] == pytest.approx(-0.4 / 3)
-    assert row["difference_sd"] == pytest.approx(0.057735, rel=1e-4)
-    assert row["difference_se"] == pytest.approx(0.057735 / math.sqrt(3), rel=1e-4)
-    assert row["val_loss_sd"] == pytest.approx(0.950438, rel=1e-4) and row["noise"] == ""
-    assert row_of(finished(1.0, 1.0, 1.0), finished(0.8, 1.2, 0.9))["noise"] == "~"
-    assert row_of(finished(1.0), finished(0.5))["noise"] == "~"  # one seed: the noise is not known
-
-
-def test_a_diverged_seed_is_left_out_of_the_pairs():
-    diverged = {"diverged": "the loss is nan", "log": []}
-    row = row_of([*finished(1.0, 2.0), diverged], [*finished(1.5, 2.7), *finished(9.0)])
-    assert row["difference"] == pytest.approx(0.6) and row["diverged"] == 0
-    row = row_of(finished(1.0, 2.0), [diverged, *finished(2.5)])
-    assert row["difference"] == pytest.approx(0.5) and row["diverged"] == 1 and row["val_loss"] == 2.5
+@pytest.mark.parametrize("none, g1, difference, error, noise", [
+    (finished(1.0, 2.0, 3.0), finished(0.9, 1.9, 2.8), -0.4 / 3, 0.033333, ""),  # noisy, but paired
+    (finished(1.0, 1.0, 1.0), finished(0.8, 1.2, 0.9), -0.1 / 3, 0.120185, "~"),  # below 2 errors
+    (finished(1.0), finished(0.5), -0.5, math.nan, "~"),  # one seed: the noise is not known
+    (finished(1.0, 2.0) + DIVERGED, finished(1.5, 2.7, 9.0), 0.6, 0.1, ""),  # without the seed that diverged
+    (finished(1.0, 2.0), DIVERGED + finished(2.5), 0.5, math.nan, "~")])
+def test_differences_are_paired_by_seed_and_small_ones_are_called_noise(none, g1, difference, error, noise):
+    results = {(name, i): run for name, runs in (("none", none), ("g1", g1)) for i, run in enumerate(runs)}
+    row = compare_gates.summary("g1", BASE, results)
+    found = row["difference"], row["difference_se"]
+    assert found == pytest.approx((difference, error), rel=1e-4, nan_ok=True) and row["noise"] == noise
+    losses = [run["log"][-1]["val_loss"] for run in g1 if run["log"]]
+    assert row["val_loss"] == pytest.approx(sum(losses) / len(losses))
+    assert row["seeds"] == len(g1) and row["diverged"] == len(g1) - len(losses)
 
 
 def test_what_is_not_known_is_not_known_and_the_late_floor_is_that_of_uniform_attention():
@@ -284,42 +275,30 @@ def test_a_run_that_another_process_trains_is_left_to_it(here):
     with runner.alone_in(job().folder) as alone:
         runner.one_run(job())
         assert alone and not times(here, "last.pt")
-    runner.one_run(job())
-    assert times(here, "last.pt")
 
 
-def test_a_broken_off_run_goes_on_and_ends_as_if_it_had_not_been(here):
-    whole, broken = job(), job()
-    broken = broken._replace(folder=here / "broken", found=here / "broken/found.json")
-    runner.one_run(whole)
-
+def test_a_broken_off_or_killed_run_goes_on_and_ends_as_if_it_had_not_been(here):
     def interrupt(text):
         if text.strip().startswith("20 "):
             os.kill(os.getpid(), signal.SIGINT)
 
+    runner.one_run(whole := job())
+    broken = whole._replace(folder=here / "broken", found=here / "broken/found.json")
     with pytest.raises(KeyboardInterrupt):
         runner.one_run(broken, interrupt)
     assert broken.steps in (20, 30) and not broken.found.exists()
-    runner.one_run(broken)
-    first, second = runner.result_of(whole), runner.result_of(broken)
-    losses = {row["step"]: row["val_loss"] for row in first["log"]}
-    assert losses.items() <= {row["step"]: row["val_loss"] for row in second["log"]}.items()
-    assert first["maps"] == second["maps"]
+    results = here / "broken/done.json", broken.found
+    first = {row["step"]: row["val_loss"] for row in runner.result_of(whole)["log"]}
+    # Stopped; killed between the last checkpoint and the results; in the first save, between its files.
+    for missing in ((), results, (*results, here / "broken/last.pt", here / "broken/log.csv")):
+        for file in missing:
+            file.unlink()
+        runner.one_run(broken)
+        again = runner.result_of(broken)
+        assert first.items() <= {row["step"]: row["val_loss"] for row in again["log"]}.items(), missing
+        assert again["maps"] == runner.result_of(whole)["maps"]
     model, content = checkpoint.load(broken.folder / "last.pt")  # its weights can be looked at afterwards
     assert content["step"] == 40 and not content["optimizers"] and model.config == broken.config
-
-
-def test_a_run_that_was_killed_between_two_of_its_files_goes_on(here):
-    """Between its last checkpoint and its results, or, in its first save, between best.pt and last.pt."""
-    done = job()
-    runner.one_run(done)
-    result = runner.result_of(done)
-    for missing in (["done.json", done.found.name], ["done.json", done.found.name, "last.pt", "log.csv"]):
-        for name in missing:
-            (done.folder / name).unlink()
-        runner.one_run(done)
-        again = runner.result_of(done)
-        assert again["maps"] == result["maps"] and len(again["log"]) == len(result["log"]) == 4, missing
 
 
 def test_a_run_that_diverges_keeps_its_log_is_said_and_stops_no_other(here, monkeypatch):
@@ -427,5 +406,6 @@ def test_every_recorded_file_is_linked_from_a_text():
     names = "README.md", "exercises.md", "experiments/README.md"
     texts = "".join((ROOT / name).read_text() for name in names)
     linked = set(re.findall(r"results/([\w.-]+)\)", texts))
+    tables = tuple(name.removesuffix(".md") for name in linked if name.endswith(".md"))
     for path in (ROOT / "experiments/results").iterdir():  # a csv lies beside its table
-        assert path.name in linked or f"{path.stem}.md" in linked and path.suffix == ".csv", path.name
+        assert path.name in linked or path.suffix == ".csv" and path.name.startswith(tables), path.name
