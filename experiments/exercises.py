@@ -166,16 +166,11 @@ def main(argv=None):
     wanted = flags.only.split(",") if flags.only else list(numbers)
     if unknown := [number for number in wanted if number not in numbers]:
         raise ValueError(f"only={flags.only}: {unknown[0]} is none of {', '.join(numbers)} (with ranges)")
-    todo, results = [(numbers[n], seed) for seed in range(flags.seeds) for n in wanted], {}
+    threads = runner.threads_each(flags.jobs)
+    todo = [(numbers[n], seed, threads) for seed in range(flags.seeds) for n in wanted]
     with concurrent.futures.ThreadPoolExecutor(flags.jobs) as pool:
-        futures = {pool.submit(do_all, e, seed, runner.threads_each(flags.jobs)): (e.number, seed)
-                   for e, seed in todo}
-        try:
-            for future in tqdm(concurrent.futures.as_completed(futures), total=len(todo), unit="run"):
-                results[futures[future]] = future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        done = list(tqdm(pool.map(do_all, *zip(*todo)), total=len(todo), unit="run"))
+    results = {(e.number, seed): found for (e, seed, _), found in zip(todo, done)}
     head = runner.head("exercises.py", argv, TrainConfig(), flags.jobs)
     record(exercises, results, flags.seeds, head | ({"others": "as they were before"} if flags.only else {}))
 

@@ -6,7 +6,7 @@ the sandwich norm, on real text and with the recipe that grows a sink there.
     python experiments/learning_rates.py --seeds=1 --steps=100   a trial
 
 Is the gate's lead larger where the sink is? The share is recorded beside the loss.
-Reading order: recipes -> table_of -> draw -> main.
+Reading order: recipes -> draw -> main.
 """
 import dataclasses
 import sys
@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees its own folder only
 from experiments import runner
-from experiments.tables import AT_THE_END, good, markdown, measured
+from experiments.tables import AT_THE_END, MEASURED, NOTE, good, markdown, measured
 from experiments.variants import recipes_of
 from plumbing.flags import run_main
 
@@ -26,21 +26,6 @@ def recipes(steps=None):
     """{(variant, rate): (GPTConfig, TrainConfig)}, at equal parameters."""
     return {(name, rate): (config, dataclasses.replace(c, learning_rate=rate))
             for name, (config, c) in recipes_of("text", NAMES, steps).items() for rate in RATES}
-
-
-def table_of(rows):
-    """The rows of the md: a line for each variant, a column for each rate, the best loss in bold."""
-    lines = []
-    for name in NAMES:
-        mine, line = [row for row in rows if row["variant"] == name], {"variant": name}
-        best = min(mine, key=lambda row: row["val_loss"])
-        for row in mine:
-            bold = "**" * (row is best)
-            line[f"{row['learning_rate']:g}"] = (
-                f"{bold}{row['val_loss']:.3f}{bold} ({row['share']:.2f})" * (row["diverged"] < row["seeds"])
-                + f" {row['diverged']} diverged" * (row["diverged"] > 0))
-        lines.append(line)
-    return lines
 
 
 def draw(results):
@@ -60,22 +45,14 @@ def draw(results):
     return figure
 
 
-NOTE = """
-Validation loss in nats per token at the last step, and in brackets the first-token share; means over the
-seeds that did not diverge. The best loss of each line in bold.
-"""
-
-
 def main(argv=None):
     flags, folder, head = runner.begin(__doc__, "learning_rates", argv)
     jobs = runner.plan(recipes(flags.steps), range(flags.seeds or 3))
     results = runner.run_all(jobs, flags.jobs)
     rows = [{"variant": name, "learning_rate": rate} | measured(results, (name, rate), config)
             for (name, rate), (config, _) in recipes(flags.steps).items()]
-    c = jobs[0].c
-    head["runs"] = f"text, {c.max_steps:,} steps, {flags.seeds or 3} seeds, {c.optimizer}, QK-norm off"
-    lines = table_of(rows)
-    text = markdown("learning_rates", head, NOTE, lines, {name: (name, "") for name in lines[0]})
+    columns = {"variant": ("variant", ""), "learning_rate": ("rate", "g"), **MEASURED}
+    text = markdown("learning_rates: text", head, NOTE, rows, columns)
     runner.finish(folder, "learning_rates", rows, text, loss=lambda: draw(results))
 
 

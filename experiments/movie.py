@@ -18,7 +18,7 @@ import train
 from data import prepare
 from data.tokenizers import get_tokenizer, labels
 from experiments import runner
-from gated_gpt import GPT, attention_maps, measure, uniform_share
+from gated_gpt import attention_maps, uniform_share
 from plumbing import checkpoint
 from plumbing.flags import parser_of, run_main
 
@@ -40,25 +40,19 @@ def text_of(data):
 
 
 def frames_of(config, c, folder):
-    """[(maps, measures)] of step 0 and each evaluation, in both an entry for each layer: T x T probabilities
-    of the text, and what `measure` finds on validation data.
+    """[(maps, measures)] of each evaluation, each with an entry for each layer: T x T probabilities of the
+    text, and what `measure` found on validation data.
     """
     text, last, frames = text_of(c.data), folder / "last.pt", []
     shutil.rmtree(folder, ignore_errors=True)
 
-    def maps(model):
-        return [layer[0].mean(-1).numpy() for layer in attention_maps(model, text)]
-
     def look(line):  # train.train says a line after each checkpoint, and a few before the first
         if last.exists():
             model, saved = checkpoint.load(last)
-            if len(frames) == len(saved["log"]):
-                frames.append((maps(model), saved["log"][-1]["layers"]))
+            if len(frames) < len(saved["log"]):
+                maps = [layer[0].mean(-1).numpy() for layer in attention_maps(model, text)]
+                frames.append((maps, saved["log"][-1]["layers"]))
 
-    config, *_, val_set = train.open_data(config, c, torch.device("cpu"))
-    torch.manual_seed(c.seed)
-    model = GPT(config)
-    frames.append((maps(model), measure(model, val_set.at(val_set.spaced(train.MEASURE_WINDOWS))[0])))
     train.train(config, c, look)
     return frames
 
@@ -73,7 +67,7 @@ def draw(frames, c, T, path):
     shares = {gate: [[layer["first_token_share"] for layer in found] for _, found in frames[gate]]
               for gate in GATES}
     layer = shares["none"][-1].index(max(shares["none"][-1]))
-    steps = [min(EVERY * i, c.max_steps) for i in range(len(frames["none"]))]
+    steps = [EVERY * (i + 1) for i in range(len(frames["none"]))]
     figure, axes = plt.subplot_mosaic([list(GATES), ["share"] * 2], figsize=(7.2, 5.6),
                                       height_ratios=(3.4, 1.3))
     images, lines = {}, {}

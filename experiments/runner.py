@@ -195,9 +195,9 @@ def run_all(jobs, at_once):
             bar.update(max(0, sum(job.steps for job in jobs) - bar.n))
             for job in [job for job in todo if job.found.exists()]:
                 todo.remove(job)
-                result = result_of(job)
-                tqdm.write(f"{str(job.name):<16} seed {job.seed}  " + (result["diverged"] or (
-                    "val loss {val_loss:.4f}  share {first_token_share:.3f}".format(**result["log"][-1]))))
+                result, ended = result_of(job), "val loss {val_loss:.4f}  share {first_token_share:.3f}"
+                ended = result["diverged"] or ended.format(**result["log"][-1])
+                tqdm.write(f"{str(job.name):<16} seed {job.seed}  {ended}")
 
         try:
             if at_once > 1 and todo:

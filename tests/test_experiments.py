@@ -385,7 +385,7 @@ def test_a_second_part_starts_where_the_first_ended_with_another_gate(here):
 def test_the_moving_picture_has_a_frame_for_each_evaluation_of_both_runs(preset, name, here, monkeypatch):
     for what, value in (("EVERY", 2), ("LOOK", 12), ("HOLD", 1)):
         monkeypatch.setattr(movie, what, value)
-    monkeypatch.setitem(train.PRESETS, preset, train.PRESETS[preset] | TINY | dict(max_steps=4))
+    monkeypatch.setitem(train.PRESETS, preset, train.PRESETS[preset] | TINY | dict(max_steps=6))
     assert command(movie, f"--preset={preset}", "--results=results").startswith(f"results/{name}.gif: 0.0")
     with Image.open(here / f"results/{name}.gif") as picture:
         assert picture.size == (720, 560) and picture.n_frames >= 3
