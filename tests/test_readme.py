@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from experiments.compare_gates import VARIANTS
-from train import parse_flags
+from gated_gpt import uniform_share
+from train import PRESETS, parse_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -49,6 +50,12 @@ def test_a_newcomer_needs_one_line_to_a_sink_one_to_flip_the_gate_and_one_to_tes
     assert flip == ".venv/bin/python train.py --gate=g1"
     assert test.endswith("-r tests/requirements.txt && .venv/bin/python -m pytest -n 2 --dist=loadfile")
     assert all(len(line) <= 100 for block in BLOCKS for line in block.splitlines())  # of the page
+
+
+def test_the_rows_that_one_should_see_have_the_steps_and_the_floor_of_the_preset():
+    preset = PRESETS["laptop"]
+    shown = [(row.split()[1], row.split()[6]) for row in re.findall(r"^--gate=\w+ +\d.+$", README, re.M)]
+    assert shown == [(str(preset["max_steps"]), f"{uniform_share(preset['block_size']):.3f}")] * 2
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=[block.splitlines()[0][:60] for block in BLOCKS])
