@@ -18,19 +18,11 @@ import torch
 from conftest import ROOT, refusal, status_of
 from PIL import Image
 
+import experiments.variants as variants
 import train
 from data import prepare
-from experiments import (
-    compare_gates,
-    late_gate,
-    learning_rates,
-    long_context,
-    movie,
-    runner,
-    sink_on_text,
-    tables,
-    variants,
-)
+from experiments import compare_gates, late_gate, learning_rates, long_context, movie, runner, sink_on_text
+from experiments.tables import deviation, late_floor, markdown
 from experiments.variants import VARIANTS
 from gated_gpt import GPT, GPTConfig, measure, uniform_share
 from plumbing import checkpoint
@@ -165,7 +157,8 @@ def test_all_variants_train_and_are_tabled_and_drawn_a_new_one_too(here, monkeyp
         assert f"\n| {name} | {int(row['parameters']):,} | 1 | 0 | {float(row['val_loss']):.4f} |" in text
         assert f"\n| {name} | {float(row['val_loss']):.4f} |" in screen
         assert 0 < float(row["share"]) < 1 and float(row["floor"]) == float(f"{uniform_share(16):.5g}")
-        assert len(row["late_share_by_layer"].split()) == 2
+        late = max(map(float, row["late_share_by_layer"].split()))
+        assert float(row["late_share"]) == pytest.approx(late, abs=1e-4)
         assert (row["gate_score"] == "nan") == (variants.configs_of([name], BASE)[name].gate == "none")
     assert row["pair"] == "none" and row["paper_row"] == "" and math.isfinite(float(row["difference"]))
     assert "python experiments/compare_gates.py --seeds=1" in text and torch.__version__ in text
@@ -228,24 +221,26 @@ def test_differences_are_paired_by_seed_and_small_ones_are_called_noise(none, g1
 
 
 def test_what_is_not_known_is_not_known_and_the_late_floor_is_that_of_uniform_attention():
-    assert tables.deviation([1.0, 2.0, 3.0]) == 1
-    assert all(math.isnan(tables.deviation(values)) for values in ([], [1.0], [math.nan, 1.0, 2.0]))
+    assert deviation([1.0, 2.0, 3.0]) == 1
+    assert all(math.isnan(deviation(values)) for values in ([], [1.0], [math.nan, 1.0, 2.0]))
     head, columns = {"command": "/home/fer-nan-do"}, {"a": ("nano", ".3f")}
-    text = tables.markdown("t", head, "", [{"a": math.nan}], columns)
+    text = markdown("t", head, "", [{"a": math.nan}], columns)
     assert "fer-nan-do" in text and text.endswith("| nano |\n| ---: |\n| - |\n")
     weights = torch.ones(64, 64).tril()
     share = (weights / weights.sum(1, keepdim=True))[:, 0]
-    assert tables.late_floor(64) == pytest.approx(share[16:].mean().item(), rel=1e-5)
+    assert late_floor(64) == pytest.approx(share[16:].mean().item(), rel=1e-5)
 
 
 # ---- runs that are made once, and kept -------------------------------------------------------------
 
 
-def test_what_decides_a_run_decides_its_folder(here):
+def test_what_decides_a_run_decides_its_folder(here, monkeypatch):
     folder = job().folder
     assert folder == job(threads=3).folder == job(look=long_context.look).folder == job(look=None).folder
     for change in (dict(eval_windows=5), dict(n_embd=32), dict(weight_decay=0.5)):
         assert job(**change).folder != folder, change
+    monkeypatch.setattr(runner, "code_of", lambda path: "other code")
+    assert job().folder != folder
 
 
 def test_comments_form_and_the_version_of_python_do_not_change_the_digest_of_code_but_code_does(tmp_path):
@@ -367,6 +362,17 @@ def test_the_score_of_bos_and_the_weight_of_the_rest_give_the_share():
     bos, others = (torch.tensor(scores) for scores in long_context.on_bos(model, idx).values())
     share = (1 + torch.sigmoid(bos - others).sum()) / 32  # query 0 has no choice
     assert share.item() == pytest.approx(measure(model, idx)[0]["first_token_share"], abs=1e-4)
+
+
+def test_the_score_counts_the_last_quarter_of_a_window_and_on_backcopy_triggers_only(here):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=257, block_size=32, n_layer=1, n_head=1, n_embd=16))
+    windows = train.Windows(prepare.load("backcopy")[1]["val"], 256, 32, torch.device("cpu"))
+    idx, targets = windows.at(windows.spaced(16))  # as many as are 512 tokens
+    p = model(idx)[0].log_softmax(-1)
+    at = [(b, t) for b in range(16) for t in range(24, 32) if chr(idx[b, t]) in "uvx"]
+    mean = sum(-p[b, t, targets[b, t]].item() for b, t in at) / len(at)
+    assert long_context.score_at(model, "backcopy", 32)[0] == pytest.approx(mean, rel=1e-4)
 
 
 def test_a_second_part_starts_where_the_first_ended_with_another_gate(here):
