@@ -73,7 +73,7 @@ COLUMNS = {  # of the md: (heading, format), by their name in the csv
     "variant": ("variant", ""), **MEASURED, "noise": ("", ""), "difference": ("difference", "+.4f"),
     "difference_sd": ("± sd", ".4f"), "step_time": ("time", ".2f"),
     "paper_row": ("paper", ""), "paper_ppl": ("PPL", ".3f"), "paper_difference": ("difference", "+.3f"),
-    "paper_share": ("share", ".3f"), "paper_gate_score": ("gate score", ".3f"),
+    "paper_share": ("paper's share", ".3f"), "paper_gate_score": ("gate score", ".3f"),
     "paper_max_activation": ("max activation", ".0f")}
 SCREEN = "variant", "val_loss", "noise", "difference", "share", "late_share", "gate_score", "paper_share"
 MORE = """Difference: to the baseline with the same seed (same values in every shared matrix, same batches);
