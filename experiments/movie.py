@@ -34,8 +34,11 @@ def text_of(data):
     meta, tokens = prepare.load(data)
     windows = train.Windows(tokens["val"], meta["bos"], LOOK, torch.device("cpu"))
     many, _ = windows.at(windows.spaced(500))
-    triggers = torch.isin(many, torch.tensor(list(prepare.TRIGGERS.encode()))) & (data == "backcopy")
-    alone = triggers[:, 1:] & ~triggers[:, :-1]  # (500, LOOK - 1)
+    many = many[(many[:, 1:] != meta["bos"]).all(1)]  # (N, LOOK), of one text each
+    if data != "backcopy":
+        return many[len(many) // 2, None]
+    triggers = torch.isin(many, torch.tensor(list(prepare.TRIGGERS.encode())))  # (N, LOOK)
+    alone = triggers[:, 1:] & ~triggers[:, :-1]
     return many[(2 * alone.sum(1) - triggers.sum(1)).argmax(), None]
 
 

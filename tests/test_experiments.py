@@ -393,6 +393,8 @@ def test_the_moving_picture_has_a_frame_for_each_evaluation_of_both_runs(preset,
         monkeypatch.setattr(movie, what, value)
     monkeypatch.setitem(train.PRESETS, preset, train.PRESETS[preset] | TINY | dict(max_steps=6))
     assert command(movie, f"--preset={preset}", "--results=results").startswith(f"results/{name}.gif: 0.0")
+    data = train.PRESETS[preset]["data"]
+    assert (movie.text_of(data) == prepare.load(data)[0]["bos"]).sum() == 1  # of one text, BOS in front
     with Image.open(here / f"results/{name}.gif") as picture:
         assert picture.size == (720, 560) and picture.n_frames >= 3
 
