@@ -7,7 +7,6 @@ Text from a trained model:
     python sample.py --prompt="my own text" --tokens=0 --attn_map=map.png
 
 --ckpt takes a checkpoint, a run's folder, or the folder of a released model.
-
 Reading order: parse_flags -> main -> write -> text_blocks -> measure_blocks.
 """
 import sys
@@ -23,7 +22,7 @@ from gated_gpt import measure
 from plumbing.checkpoint import newest_run, open_model
 from plumbing.flags import parser_of, run_main, utf8
 from plumbing.machine import choose_device, choose_precision
-from plumbing.report import draw_maps, layer_table, means_table, variant
+from plumbing.report import draw_maps, layer_table, means_table, variant, write_shares
 
 SHORT = 512  # tokens; below this a first-token share says more about the length than about the model
 BLOCKS = 64  # of --text, at most
@@ -46,6 +45,7 @@ def parse_flags(argv=None):
     parser.add_argument("--rope_scaling", choices=("linear", "yarn"), help="for these [RoPE as trained]")
     parser.add_argument("--attn_share", action="store_true", help="measure first-token share on this text")
     parser.add_argument("--text", metavar="FILE", help="with --attn_share: measure it on this text instead")
+    parser.add_argument("--csv", metavar="FILE", help="with --attn_share: a row for each layer and head")
     parser.add_argument("--attn_map", metavar="FILE.png", help="draw the attention on this text")
     parser.add_argument("--layer", type=int, help="with --attn_map: its heads [layers of largest share]")
     parser.add_argument("--head", type=int, help="with --attn_map: this head [means over heads]")
@@ -54,8 +54,8 @@ def parse_flags(argv=None):
         value = getattr(flags, name)
         if value is not None and not least <= value < 2**31:
             raise ValueError(f"{name}={value} must be at least {least}, and below 2^31")
-    if flags.text and (flags.prompt or not flags.attn_share):
-        raise ValueError("--text is what --attn_share measures: give both, and no --prompt")
+    if flags.text and flags.prompt or (flags.text or flags.csv) and not flags.attn_share:
+        raise ValueError("--attn_share measures --text in place of a --prompt, and --csv takes what it found")
     if flags.rope_scaling and not flags.block_size:
         raise ValueError("--rope_scaling is for a longer window than trained: give --block_size, too")
     return flags
@@ -97,6 +97,8 @@ def main(argv=None):
         print("\n" + layer_table(layers, window.size(1)))
         if flags.text:
             print(f"\n{means_table(layers, variant(model.config), *window.shape)}")
+        if flags.csv:
+            write_shares(flags.csv, layers, window.size(1))
         if window.size(1) < min(SHORT, model.config.block_size):
             print(f"\nOnly {window.size(1)} tokens: a text this short has a large share even\n"
                   "without a sink. Compare with the floor, and with other models on the same text.")

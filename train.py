@@ -207,7 +207,7 @@ def make_optimizers(model, c):
 
 def learning_rate_at(step, c):
     """Learning rate of step 0, 1, ...: a linear climb, then constant, half a cosine down, or wsd: warmup,
-    stable, decay (MiniCPM, arXiv 2404.06395), here a straight line down over the last 30% of the steps.
+    stable, decay (MiniCPM, arXiv 2404.06395), here a straight line down over the last 20% of the steps.
     """
     if step < c.warmup_steps:
         return c.learning_rate * (step + 1) / c.warmup_steps
@@ -216,7 +216,7 @@ def learning_rate_at(step, c):
     done = (step - c.warmup_steps) / max(1, c.max_steps - c.warmup_steps)
     height = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))  # from 1 to 0
     if c.schedule == "wsd":
-        height = min(1.0, (c.max_steps - step) / (0.3 * c.max_steps))
+        height = min(1.0, (c.max_steps - step) / (0.2 * c.max_steps))
     return c.learning_rate * (c.min_lr_ratio + (1 - c.min_lr_ratio) * height)
 
 

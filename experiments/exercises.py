@@ -2,11 +2,11 @@
 The numbers of exercises.md: does what each exercise says, edits included, and records what comes out.
 
     python experiments/exercises.py --jobs=2    all that state a range, 3 seeds
-    python experiments/exercises.py --only=5,9  these two; the rest stays
 
-An edit is a ```diff block whose first line names the file. What is run is in ```sh and ```python blocks. Each
-run has its own copy of the project in out/exercises/, so nothing of yours is edited. A copy that is finished
-is not run again while the exercise and the project's code stay as they are. Needs matplotlib.
+An edit is a ```diff block whose first line names the file. What is run is in ```sh and ```python blocks. It
+runs in a copy of the project in out/exercises/: one for all exercises without an edit (they find each other's
+runs), one for each edit. A step that is done is not done again, while the project's code stays as it is.
+Needs matplotlib.
 Reading order: Exercise -> read -> copy_project -> do -> do_all -> record -> main.
 """
 import concurrent.futures
@@ -70,9 +70,10 @@ def read(text):
             else:
                 steps += [("refused" if "# refused" in line else "sh", shlex.split(line, comments=True)[1:])
                           for line in block.splitlines()]
-        flags = [(word.partition("="), step) for step in steps if step[0] == "sh" for word in step[1]]
-        needs = [made[value] for (flag, _, value), _ in flags if flag == "--init_from" and value in made]
-        made |= {value: step for (flag, _, value), step in flags if flag == "--out"}
+        used = "".join(what if kind == "python" else "\n".join(what) for kind, what in steps)
+        needs = [step for out, step in made.items() if re.search(rf"\b{out[4:]}\b(?!-)", used)]
+        made |= {word.removeprefix("--out="): step for step in steps if step[0] == "sh"
+                 for word in step[1] if word.startswith("--out=out/")}
         found.append(Exercise(int(number), title, section, edits, steps, needs))
     return found
 
@@ -95,59 +96,56 @@ def do(step, folder, more=()):
     return subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, encoding="utf-8")
 
 
-def do_all(exercise, seed, threads):
-    """All steps of an exercise with one seed. Returns (the last row of each training command's log, what the
-    code printed).
+def do_all(exercises, seed, threads):
+    """All steps of exercises that have the same edits, in one copy of the project, with one seed.
+
+    Returns {(number, seed): (the last row of each training command's log, what the code printed)}.
     """
-    decides = runner.digest([exercise.edits, exercise.needs, exercise.steps, *map(runner.code_of, CODE)])
-    folder = Path("out/exercises") / f"{exercise.number}-{seed}-{decides}"
-    done = folder / "printed.json"
-    if not done.exists():
+    decides = runner.digest([exercises[0].edits, *map(runner.code_of, CODE)])
+    folder, results = Path("out/exercises") / f"{seed}-{decides}", {}
+    file = folder / "printed.json"  # {digest of a step: what it printed}
+    if not file.exists():
         shutil.rmtree(folder, ignore_errors=True)
-        copy_project(folder, exercise.edits)
-        printed = []
-        for step in exercise.needs + exercise.steps:
-            ran = do(step, folder, [f"--seed={seed}", f"--threads={threads}"])
-            if ran.returncode:
-                raise ValueError(f"exercise {exercise.number}, seed {seed}: {step[1]} failed: {ran.stderr}")
-            printed += [ran.stdout.strip()] * (step[0] == "python")
-        shutil.rmtree(folder / "data")  # by far the largest part of it
-        runner.write_json(done, printed)
-    rows = []
-    for command in exercise.trainings:
-        out = next(word for word in command if word.startswith("--out=")).removeprefix("--out=")
-        with open(folder / out / "log.csv", newline="", encoding="utf-8") as file:
-            rows.append(list(csv.DictReader(file))[-1])
-    return rows, "; ".join(json.loads(done.read_bytes())).replace("\n", "; ")
+        copy_project(folder, exercises[0].edits)
+        runner.write_json(file, {})
+    printed = json.loads(file.read_bytes())
+    for e in exercises:
+        for step in e.needs + e.steps:
+            name = runner.digest(step)
+            if name not in printed:
+                ran = do(step, folder, [f"--seed={seed}", f"--threads={threads}", "--overwrite"])
+                if ran.returncode:
+                    raise ValueError(f"exercise {e.number}, seed {seed}: {step[1]} failed: {ran.stderr}")
+                printed[name] = ran.stdout.strip()
+                runner.write_json(file, printed)
+        rows = []
+        for command in e.trainings:
+            out = next(word for word in command if word.startswith("--out=")).removeprefix("--out=")
+            with open(folder / out / "log.csv", newline="", encoding="utf-8") as log:
+                rows.append(list(csv.DictReader(log))[-1])
+        said = [printed[runner.digest(step)] for step in e.steps if step[0] == "python"]
+        results[e.number, seed] = rows, "; ".join(said).replace("\n", "; ")
+    return results
 
 
 def record(exercises, results, seeds, head):
-    """Write exercises.csv and exercises.md: a row for each training command.
+    """Write exercises.csv and exercises.md: a row for each training command, or for code that trains nothing.
 
-    results: {(number, seed): what do_all returned}, of some exercises. The rows of the others stay, if
-    exercises.md still has their commands.
+    results: {(number, seed): what do_all found}.
     """
-    path, rows, before = RESULTS / "exercises.csv", [], {}
-    if path.exists():
-        with open(path, newline="", encoding="utf-8") as file:
-            before = {row["command"]: row for row in csv.DictReader(file)}
+    rows = []
     for e in exercises:
-        for i, command in enumerate(e.trainings):
+        for i, command in enumerate(e.trainings or [["(no training)"]]):
             row = {"exercise": e.number, "title": e.title, "command": shlex.join(["python", *command]),
-                   "edited": bool(e.edits)}
-            if (e.number, 0) in results:
-                mine = [results[e.number, seed] for seed in range(seeds)]
+                   "edited": bool(e.edits), **dict.fromkeys([*COLUMNS, "floor"], "-")}
+            mine = [results[e.number, seed] for seed in range(seeds)]
+            if e.trainings:
+                row["floor"] = f"{float(mine[0][0][i]['uniform_share']):.3f}"
                 for name, column in COLUMNS.items():
                     numbers = [float(trained[i][column]) for trained, _ in mine]
                     row[name] = " / ".join("-" if x != x else f"{x:.3f}" for x in numbers)
-                row["floor"] = f"{float(mine[0][0][i]['uniform_share']):.3f}"
-                row["printed"] = " / ".join(printed for _, printed in mine)
-            elif row["command"] in before:
-                row = before[row["command"]] | row
-            else:
-                raise ValueError(f"exercise {e.number} has a command that was not recorded: add it to --only")
-            rows.append(row)
-    write_csv(path, rows)
+            rows.append(row | {"printed": " / ".join(printed for _, printed in mine)})
+    write_csv(RESULTS / "exercises.csv", rows)
     columns = {key: (key, "") for key in rows[0]}
     text = markdown(f"exercises.md, seeds 0 to {seeds - 1}", head, "", rows, columns)
     (RESULTS / "exercises.md").write_text(text, encoding="utf-8")
@@ -159,20 +157,17 @@ def main(argv=None):
     parser = parser_of(__doc__, "exercises.py", "[--flag=value ...]")
     parser.add_argument("--seeds", type=runner.positive, default=3, help="runs of each [%(default)s]")
     parser.add_argument("--jobs", type=runner.positive, default=1, help="runs at a time [%(default)s]")
-    parser.add_argument("--only", metavar="N,N", help="numbers of the exercises to run [all]")
     flags = parser.parse_args(argv)
     exercises = [e for e in read((ROOT / "exercises.md").read_text(encoding="utf-8")) if e.recorded]
-    numbers = {str(e.number): e for e in exercises}
-    wanted = flags.only.split(",") if flags.only else list(numbers)
-    if unknown := [number for number in wanted if number not in numbers]:
-        raise ValueError(f"only={flags.only}: {unknown[0]} is none of {', '.join(numbers)} (with ranges)")
-    threads = runner.threads_each(flags.jobs)
-    todo = [(numbers[n], seed, threads) for seed in range(flags.seeds) for n in wanted]
+    copies, threads = {}, runner.threads_each(flags.jobs)
+    for e in exercises:
+        copies.setdefault(str(e.edits), []).append(e)
+    todo = [(same, seed, threads) for seed in range(flags.seeds) for same in copies.values()]
+    results = {}
     with concurrent.futures.ThreadPoolExecutor(flags.jobs) as pool:
-        done = list(tqdm(pool.map(do_all, *zip(*todo)), total=len(todo), unit="run"))
-    results = {(e.number, seed): found for (e, seed, _), found in zip(todo, done)}
-    head = runner.head("exercises.py", argv, TrainConfig(), flags.jobs)
-    record(exercises, results, flags.seeds, head | ({"others": "as they were before"} if flags.only else {}))
+        for found in tqdm(pool.map(do_all, *zip(*todo)), total=len(todo), unit="copy"):
+            results |= found
+    record(exercises, results, flags.seeds, runner.head("exercises.py", argv, TrainConfig(), flags.jobs))
 
 
 if __name__ == "__main__":

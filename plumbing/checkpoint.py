@@ -12,7 +12,7 @@ import torch
 from gated_gpt import GPT, GPTConfig
 from plumbing.files import found_again, whole_file
 from plumbing.flags import command
-from plumbing.report import variant, write_log
+from plumbing.report import COLUMNS, variant, write_csv
 
 FORMAT = "gated_gpt 2"
 FILES = "last.pt", "best.pt", "log.csv"  # what a run leaves in its folder
@@ -34,7 +34,7 @@ def save_run(model, optimizers, state, c, meta):
     if state["log"][-1]["val_loss"] == min(row["val_loss"] for row in state["log"]):
         save(Path(c.out, "best.pt"), content)
     save(Path(c.out, "last.pt"), content)
-    write_log(Path(c.out, "log.csv"), state["log"])
+    write_csv(Path(c.out, "log.csv"), state["log"], COLUMNS)
 
 
 def load(path):

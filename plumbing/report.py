@@ -62,12 +62,12 @@ def cell(number, form):
     return f"{number:{form}}" if number == number else f"{'-':>{form.split('.')[0].strip(',')}}"
 
 
-def write_log(path, log):
-    """Write the rows of a log as a csv file."""
+def write_csv(path, rows, columns):
+    """Write these columns of rows, which are dicts, as a csv file."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, restval=math.nan, extrasaction="ignore", lineterminator="\n")
+    writer = csv.DictWriter(text, columns, restval=math.nan, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(log)
+    writer.writerows(rows)
     with whole_file(path) as file:
         file.write(text.getvalue().encode())
 
@@ -108,6 +108,14 @@ def layer_table(layers, T):
                     f"{layer['late_first_token_share']:>10.3f}{cell(layer['gate_score'], '8.3f')}"
                     f"{layer['max_activation']:>9.1f}")
     return "\n".join(rows)
+
+
+def write_shares(path, layers, T):
+    """Write measure's dicts as a csv file: a row for each head, with its share and what its layer has."""
+    rows = [{"layer": i, "head": head, "share_of_head": share, "uniform_share": uniform_share(T), **layer}
+            for i, layer in enumerate(layers)
+            for head, share in enumerate(layer["first_token_share_by_head"])]
+    write_csv(path, rows, [name for name in rows[0] if name != "first_token_share_by_head"])
 
 
 def means_table(layers, name, N, T):

@@ -4,6 +4,7 @@ import csv
 import os
 import re
 import runpy
+import shlex
 import shutil
 import sys
 import tempfile
@@ -12,14 +13,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jupytext
+import nbformat
 import pytest
-from conftest import ROOT, refusal
+from conftest import ROOT
 from nbclient import NotebookClient
 
 from experiments import exercises as lab
 
 TEXT = (ROOT / "exercises.md").read_text()
 EXERCISES = lab.read(TEXT)
+OFFLINE = [e for e in EXERCISES if "fetch(" not in e.text]  # what one downloads: see test_real_model.py
 SHORT = {"train.py": ["--max_steps=2", "--eval_every=2", "--eval_windows=4", "--threads=1", "--device=cpu"],
          "sample.py": ["--tokens=5"], "compare_gates.py": ["--steps=2", "--eval_windows=4", "--device=cpu"]}
 
@@ -87,10 +90,14 @@ def shown(*exercises):
 
 
 @each(EXERCISES)
-def test_every_exercise_can_be_done_and_lacks_nothing(exercise, project):
+def test_no_exercise_lacks_a_part(exercise):
     for part in ("**Question.**", "**Predict first.**", "**Run.**", "**What you should see.**", "**Check.**",
                  "<summary>Answer</summary>"):
         assert exercise.text.count(part) == 1, part
+
+
+@each(OFFLINE)
+def test_every_exercise_can_be_done_and_prints_what_is_shown(exercise, project):
     folder, printed = project(exercise.edits), []
     for step in exercise.needs + exercise.steps:
         ran = do(step, folder)
@@ -101,31 +108,32 @@ def test_every_exercise_can_be_done_and_lacks_nothing(exercise, project):
 
 def bands(seen):
     """[(part of the run's command or "", what, lowest, highest)] in a text: in sentences and in a table."""
-    names = "share|gate score|at triggers|elsewhere|value of BOS|of a letter"
+    names = "share|gate score|val loss|at triggers|elsewhere|value of BOS|of a letter"
     sentence = rf"({names}) (?:of )?(\d\.\d+) to (\d\.\d+)"
     found = [("", *band) for band in re.findall(sentence, " ".join(seen.split()))]
     lines = [[cell.strip(" `") for cell in line.strip("|").split("|")]
              for line in seen.splitlines() if line.startswith("|")]
     for name, *cells in lines[2:]:
-        for what, cell in zip(lines[0][1:], cells):
+        for i, (what, cell) in enumerate(zip(lines[0][1:], cells)):
             low, _, high = cell.partition(" to ")
-            found.append((*(("", name) if lines[0][0] == "printed" else (name, what)), low, high or low))
+            of = ("", name + r" +[\d.]+" * i) if lines[0][0] == "printed" else (name, what)
+            found.append((*of, low, high or low))
     return found
 
 
 @each([e for e in EXERCISES if e.recorded])
 def test_every_band_is_what_was_recorded(exercise):
-    commands = ["python " + " ".join(command) for command in exercise.trainings]
+    commands = ["python " + shlex.join(command) for command in exercise.trainings]
     with open(lab.RESULTS / "exercises.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["command"] in commands]
-    assert len(rows) == len(commands)
+        rows = [row for row in csv.DictReader(file) if int(row["exercise"]) == exercise.number]
+    assert [row["command"] for row in rows if exercise.trainings] == commands
     seen = exercise.text.partition("**What you should see.**")[2].partition("**Check.**")[0]
     found = bands(seen)
     assert len(found) >= 1 and len(found) >= len(re.findall(r"\d\.\d+ to \d", seen))
     for part, what, low, high in found:
         row = [row for row in rows if part in row["command"]][-1]  # without a part, it speaks of the last run
         column = row.get(what.replace(" ", "_"))
-        values = column.split(" / ") if column else re.findall(rf"{what} ([\d.]+)", row["printed"])
+        values = column.split(" / ") if column else re.findall(rf"{what} +([\d.]+)", row["printed"])
         assert len(values) == 3, what
         assert [low, high] == [min(values, key=float), max(values, key=float)], what
 
@@ -141,18 +149,40 @@ def test_as_a_notebook_its_cells_are_its_blocks_and_those_that_train_nothing_pri
         "%%sh\n" * (language == "sh") + block for language, block in blocks]
     assert jupytext.writes(notebook, fmt="md") == TEXT  # JupyterLab saves a notebook every two minutes
 
-    untrained = [e for e in EXERCISES if not e.trainings]
+    untrained = [e for e in OFFLINE if not e.trainings + e.needs]
     steps = [step for e in untrained for step in e.steps]
-    notebook.cells = [cell for cell in code if ("python", cell.source + "\n") in steps]
-    assert len(untrained) >= 3 and len(notebook.cells) == len(steps)
+    cells = [cell.source for cell in code if ("python", cell.source + "\n") in steps]
+    assert len(untrained) >= 3 and len(cells) == len(steps)
+    printed = execute(cells, ROOT, tmp_path, monkeypatch)
+    assert {output.name for output in printed} == {"stdout"}
+    assert "".join(output.text for output in printed) == shown(*untrained)
+
+
+def test_with_the_first_cell_shell_cells_need_no_sh_and_no_path_show_pictures_and_edits_count(
+        tmp_path, monkeypatch):
+    first = re.search(r"^```python\n(.+?)^```$", TEXT, re.M | re.S)[1]
+    draw = "import sys; open(sys.argv[1].partition('=')[2], 'wb').write(%r)" % bytes.fromhex(
+        "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b550000000a49444154789c636000000002000148"
+        "afa4710000000049454e44ae426082")  # a picture of one pixel
+    (tmp_path / "draw.py").write_text(draw)
+    (tmp_path / "edited.py").write_text("value = 1")
+    monkeypatch.setenv("PATH", str(tmp_path))  # where neither sh nor python is
+    cells = [first, "%%sh\npython -c 'import sys; print(sys.executable)'  # a comment",
+             "from edited import value", "with open('edited.py', 'w') as file: file.write('value = 22')",
+             "print(__import__('edited').value)", "%%sh\npython draw.py --attn_map=map.png"]
+    python, edited, picture = execute(cells, tmp_path, tmp_path, monkeypatch)
+    assert (python.text, edited.text) == (f"{sys.executable}\n", "22\n") and "image/png" in picture.data
+
+
+def execute(cells, folder, home, monkeypatch):
+    """What the code of cells prints and shows, in a kernel of this environment that works in `folder`."""
     monkeypatch.delenv("JUPYTER_PATH", raising=False)  # no kernel but this environment's
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as in conftest, three times as fast
     for name in ("JUPYTER_DATA_DIR", "IPYTHONDIR"):
-        monkeypatch.setenv(name, str(tmp_path / name))
-    NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
-    printed = [output for cell in notebook.cells for output in cell.outputs]
-    assert {output.name for output in printed} == {"stdout"}
-    assert "".join(output.text for output in printed) == shown(*untrained)
+        monkeypatch.setenv(name, str(home / name))
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": str(folder)}}).execute()
+    return [output for cell in notebook.cells for output in cell.outputs]
 
 
 def test_python_blocks_can_be_typed_or_pasted_into_python():
@@ -165,17 +195,38 @@ def test_python_blocks_can_be_typed_or_pasted_into_python():
         assert not typed, block
 
 
-def test_what_cannot_be_recorded_is_refused_in_one_sentence(tmp_path, monkeypatch):
+def test_exercises_are_numbered_and_an_edit_that_fits_no_more_is_refused_in_one_sentence(tmp_path):
+    assert [e.number for e in EXERCISES] == list(range(1, len(EXERCISES) + 1)) and len(EXERCISES) >= 10
     with pytest.raises(ValueError, match="0 times instead of once"):
         lab.copy_project(tmp_path / "copy", [("train.py", "no such line\n", "another\n")])
-    assert [e.number for e in EXERCISES] == list(range(1, len(EXERCISES) + 1)) and len(EXERCISES) >= 10
-    assert "only=2,99: 99 is none of 2, 3, " in refusal(lab.main, "--only=2,99")
-    monkeypatch.setattr(lab, "RESULTS", tmp_path)  # where nothing is recorded yet, as after a changed command
-    ran = [{"first_token_share": "0.5", "gate_score": "nan", "max_activation": "1", "val_loss": "3",
-            "uniform_share": "0.07"}], "printed"
-    first, second = [e for e in EXERCISES if len(e.trainings) == 1][:2]
-    with pytest.raises(ValueError, match=f"exercise {second.number} has a command that was not recorded"):
-        lab.record([first, second], {(first.number, 0): ran}, 1, {})
-    lab.record([first], {(first.number, 0): ran}, 1, {})
-    lab.record([first], {}, 1, {})  # it stays
-    assert "| 0.500 | - | 1.000 | 3.000 | 0.070 | printed |" in (tmp_path / "exercises.md").read_text()
+
+
+def test_what_is_recorded_is_the_last_row_of_each_run_and_what_code_prints_and_nothing_is_done_twice(
+        tmp_path, monkeypatch):
+    blocks = "```sh\npython train.py --out=out/sink-a\n```", "```python\nprint('out/sink-a'[4:])\n```"
+    (tmp_path / "exercises.md").write_text("".join(
+        f"### {n}. A\n**What you should see.** 0.1 to 0.2\n{block}\n" for n, block in enumerate(blocks, 1)))
+    steps, do_it = [], lab.do
+
+    def do(step, folder, more=()):
+        steps.append(step)
+        if step[0] == "python":
+            return do_it(step, folder)
+        (folder / "out/sink-a").mkdir(parents=True)
+        (folder / "out/sink-a/log.csv").write_text(
+            "first_token_share,gate_score,max_activation,val_loss,uniform_share\n1,1,1,1,1\n"
+            f"0.5,nan,1,{more[0].removeprefix('--seed=')},0.07\n")
+        return SimpleNamespace(returncode=0, stdout="")
+
+    monkeypatch.chdir(tmp_path)
+    for name, value in dict(ROOT=tmp_path, RESULTS=tmp_path / "results", do=do,
+                            copy_project=lambda folder, edits: folder.mkdir(parents=True)).items():
+        monkeypatch.setattr(lab, name, value)
+    for _ in range(2):
+        lab.main(["--seeds=2"])
+    assert len(steps) == 4  # two for each seed
+    with open("results/exercises.csv", newline="") as file:
+        trained, code = csv.DictReader(file)
+    assert [trained[name] for name in ("share", "gate_score", "val_loss")] == [
+        "0.500 / 0.500", "- / -", "0.000 / 1.000"]
+    assert (code["share"], code["printed"]) == ("-", "sink-a / sink-a")

@@ -1,4 +1,5 @@
 """Claims about sample.py: whose text it prints and how, what it measures on it, and what it refuses."""
+import csv
 import io
 import os
 import re
@@ -15,7 +16,7 @@ import sample
 import train
 from data import prepare
 from data.tokenizers import get_tokenizer
-from gated_gpt import GPT, measure
+from gated_gpt import GPT, measure, uniform_share
 from plumbing import checkpoint
 from plumbing.report import layer_table
 
@@ -169,6 +170,23 @@ def test_a_text_is_measured_in_blocks_of_the_window_each_after_a_bos(run):
     assert f"here, {len(blocks)} x 16 tokens" in said and "Only" not in said
 
 
+def test_csv_has_a_row_for_each_layer_and_head_with_what_measure_finds(run):
+    Path("text.txt").write_text("Speak the speech, I pray you. " * 4)
+    printed("--attn_share", "--text=text.txt", "--csv=shares.csv")
+    with open("shares.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    model = checkpoint.load(run / "best.pt")[0]
+    text = Path("text.txt").read_bytes()
+    layers = measure(model, torch.tensor([[256, *text[i : i + 15]] for i in range(0, 120, 15)]))
+    assert len(rows) == model.config.n_layer * model.config.n_head
+    for row in rows:
+        layer = layers[int(row["layer"])]
+        expected = layer | {"uniform_share": uniform_share(16),
+                            "share_of_head": layer["first_token_share_by_head"][int(row["head"])]}
+        for name in row.keys() - {"layer", "head"}:
+            assert float(row[name]) == pytest.approx(expected[name], abs=1e-5), name
+
+
 def test_a_long_text_is_measured_in_64_blocks_that_span_it():
     encoding = get_tokenizer("bytes")
     text = "".join(chr(32 + i // 100) for i in range(9000))
@@ -223,9 +241,10 @@ def test_ckpt_is_a_folder_or_a_file_and_by_default_the_newest_run_with_its_best_
     *((f"--ckpt={name}", name) for name in ("nowhere", "nowhere/last.pt", "empty", "one.txt")),
     ("--prompt=" + os.fsdecode(b"caf\xe9"), r"--prompt: invalid utf8 value: 'caf\\udce9'"),
     ("--rope_scaling=yarn", "for a longer window than trained: give --block_size, too"),
-    ("--text=text.txt", "--text is what --attn_share measures"),
-    ("--text=text.txt --attn_share --prompt=x", "no --prompt"), ("--attn_share --text=nowhere", "nowhere"),
-    ("--attn_share --text=out", "out cannot be used"), ("--attn_share --text=latin.txt", "latin.txt is not"),
+    ("--text=text.txt", "--attn_share measures --text"), ("--csv=x", "--csv takes what it found"),
+    ("--text=text.txt --attn_share --prompt=x", "in place of a --prompt"),
+    ("--attn_share --text=nowhere", "nowhere"), ("--attn_share --text=out", "out cannot be used"),
+    ("--attn_share --text=latin.txt", "latin.txt is not"),
     ("--attn_share --text=one.txt", "the text has 1 tokens, too few"), ("--device=banana", "banana"),
     ("--compile", "arguments: --compile"), ("--samples=3", "did you mean --seed=1, and --seed=2 for the")])
 def test_what_does_not_fit_is_refused_by_its_name(flags, said, run):

@@ -318,7 +318,7 @@ def test_windows_that_processes_cannot_share_evenly_are_refused():
                     110: 0.2, 500: 0.2}),  # a climb that ends at the peak, half a cosine, flat from there
     ("cosine", 0, {0: 1.0, 55: 0.6}),
     ("constant", 10, {0: 0.1, 9: 1.0, 60: 1.0, 500: 1.0}), ("constant", 0, {0: 1.0}),
-    ("wsd", 10, {0: 0.1, 9: 1.0, 10: 1.0, 77: 1.0, 78: 0.2 + 0.8 * 32 / 33, 99: 0.2 + 0.8 / 3, 110: 0.2})])
+    ("wsd", 10, {0: 0.1, 9: 1.0, 10: 1.0, 88: 1.0, 89: 0.2 + 0.8 * 21 / 22, 99: 0.6, 110: 0.2})])
 def test_the_learning_rate_climbs_to_its_peak_and_then_falls_or_stays_or_falls_late(schedule, warmup, rates):
     c = train.TrainConfig(learning_rate=3.0, schedule=schedule, warmup_steps=warmup, min_lr_ratio=0.2,
                           max_steps=110)
