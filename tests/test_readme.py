@@ -127,8 +127,8 @@ def test_the_long_windows_are_those_that_were_recorded():
     rows, (_, _, trained, *longer) = rows_under("variant | RoPE")
     for name, scaling, first, *cells in rows:
         key, scaling = ("backcopy", "loss at triggers", name), scaling.replace("as trained", "none")
-        assert first == scores[*key, "none", trained.removeprefix("T=")]
-        assert cells == [scores[*key, scaling, T.removeprefix("T=")] for T in longer]
+        assert first == scores[(*key, "none", trained.removeprefix("T="))]
+        assert cells == [scores[(*key, scaling, T.removeprefix("T="))] for T in longer]
 
 
 def test_the_shares_and_losses_beside_flags_are_those_that_were_recorded_with_them():
