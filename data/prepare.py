@@ -182,9 +182,10 @@ def read_texts(paths, suffix="", skip=()):
 
 def by_hash(texts):
     """Paths of {path: text} in the order of a hash of their names, the same wherever the files are."""
-    base = os.path.commonpath([path.parent for path in texts])
+    base = os.path.commonpath([path.parent for path in texts if path != STDIN])
     def name(path):  # NFC: a Mac writes an umlaut as two characters
-        return unicodedata.normalize("NFC", path.relative_to(base).as_posix()).encode()
+        path = path if path == STDIN else path.relative_to(base)
+        return unicodedata.normalize("NFC", path.as_posix()).encode()
 
     return sorted(texts, key=lambda path: hashlib.md5(name(path),
                                                       usedforsecurity=False).digest())

@@ -498,3 +498,12 @@ def test_a_set_may_come_from_standard_input(root, monkeypatch):
     monkeypatch.setattr(prepare.sys, "stdin", io.TextIOWrapper(io.BytesIO(TEXT.encode())))
     assert status_of(prepare.main, "- --name=piped --tokenizer=bytes")[0] == 0
     assert "".join(texts_of("piped")["train"] + texts_of("piped")["val"]) == TEXT
+
+
+def test_standard_input_may_stand_beside_a_folder_of_many_files(tmp_path, root, monkeypatch):
+    texts = [f"{i:02} " * 100 for i in range(40)]
+    write_files(tmp_path / "corpus", {f"{text[:2]}.txt": text for text in texts})
+    monkeypatch.setattr(prepare.sys, "stdin", io.TextIOWrapper(io.BytesIO(b"piped " * 50)))
+    assert status_of(prepare.main, ["-", tmp_path / "corpus", "--name=both", "--tokenizer=bytes"])[0] == 0
+    found = texts_of("both")
+    assert sorted(found["train"] + found["val"]) == sorted([*texts, "piped " * 50]) and len(found["val"]) == 2
