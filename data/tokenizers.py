@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from plumbing.files import why
+from plumbing.files import from_hub, why
 
 BOS = {"bpe2k": 2047, "bytes": 256, "gpt2": 50256}  # the last id: the token before each text and each window
 # BPE never merges across these: words with the space before them, up to three digits, signs, white space.
@@ -39,8 +39,8 @@ def get_tokenizer(name):
                           "use bpe2k or bytes") from error
     if Path(name).is_dir():
         return FolderTokenizer(name)
-    raise ValueError(f"tokenizer {name} is not one of {', '.join(BOS)}, nor a folder that is there: copy it "
-                     "beside the run or set that needs it, or name it with --tokenizer")
+    raise ValueError(f"tokenizer {name} is not one of {', '.join(BOS)}, nor a folder that is there: " + (
+        from_hub(name) or "copy it beside the run or set that needs it, or name it with --tokenizer"))
 
 
 def same_tokenizer(name, other):

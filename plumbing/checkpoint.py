@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from gated_gpt import GPT, GPTConfig
-from plumbing.files import found_again, whole_file
+from plumbing.files import found_again, from_hub, whole_file
 from plumbing.flags import command
 from plumbing.report import COLUMNS, variant, write_csv
 
@@ -43,8 +43,8 @@ def load(path):
     Raises ValueError if it is missing, damaged (the checksums of its zip archive tell) or something else.
     """
     if not Path(path).is_file():
-        raise ValueError(f"there is no checkpoint {path}: `{command('train.py')}` makes one from scratch, "
-                         "--resume goes on with one")
+        raise ValueError(f"there is no checkpoint {path}: " + (from_hub(path) or (
+            f"`{command('train.py')}` makes one from scratch, --resume goes on with one")))
     try:
         with open(path, "rb") as file:
             if zipfile.ZipFile(file).testzip():

@@ -1,5 +1,6 @@
 """Files: written completely or not at all; moved, or not really there."""
 import os
+import re
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -36,6 +37,15 @@ def found_again(tokenizer, near):
         return tokenizer
     copies = [*near.glob("tokenizer.json"), *near.glob("*/tokenizer.json")]
     return str(copies[0].parent.resolve()) if copies else tokenizer
+
+
+def from_hub(name):
+    """How to get the folder of a model that is named as on the hub; "" for other names."""
+    owner, _, model = str(name).partition("/")
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)) or owner == "out" or Path(owner).exists():
+        return ""
+    return (f"`pip install huggingface_hub` and `hf download {name} --local-dir {model}` get it from the "
+            f"hub, as the folder {model}")
 
 
 def why(path, error):

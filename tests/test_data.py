@@ -115,6 +115,7 @@ def offline(monkeypatch):
 
 
 @pytest.mark.parametrize("name, said", [("gpt2", "gpt2 needs the network once.*use bpe2k or bytes"),
+                                        ("Qwen/Qwen3-0.6B", "`hf download Qwen/Qwen3-0.6B --local-dir Qw"),
                                         ("gpt3", "gpt3 is not one of bpe2k, bytes, gpt2, nor a folder")])
 def test_a_tokenizer_that_cannot_be_had_is_answered_with_those_that_can(name, said, offline):
     with pytest.raises((OSError, ValueError), match=said):

@@ -173,6 +173,16 @@ def test_what_is_no_file_is_refused_with_the_command_that_makes_one(tmp_path):
     os.mkfifo(tmp_path / "pipe")  # to read this would take for ever
     makes = f"`{flags.command('train.py')}` makes one from scratch"
     assert all(makes in refused(tmp_path / name) for name in ("", "missing.pt", "pipe"))
+    assert makes in refused("out/python-g1") and makes in refused("tests/missing.pt")
+
+
+def test_a_model_that_is_named_as_on_the_hub_is_answered_with_how_to_get_it():
+    assert "`hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B`" in refused("Qwen/Qwen3-0.6B")
+
+
+def test_a_checkpoint_of_another_project_is_told_by_its_format(saved):
+    torch.save(dict(model={}, model_args={}, iter_num=1, best_val_loss=1.5), saved)  # as nanoGPT's
+    assert "its format is unknown, this version reads gated_gpt" in refused(saved)
 
 
 def test_a_flipped_bit_is_found_or_does_no_harm(saved):
