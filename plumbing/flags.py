@@ -55,13 +55,20 @@ INSTEAD = dict.fromkeys(("--samples", "--num_samples"), "--seed=1, and --seed=2 
     "--lr": "--learning_rate"}
 
 
+def named(text):
+    """The type of a flag that is a name or a path; a shell leaves the ~ of --out=~/run as it is."""
+    if not text:  # else --ckpt="$RUN" would be the newest run, and --out="$RUN" this folder
+        raise argparse.ArgumentTypeError("the value is empty: leave the flag out, or set the shell variable")
+    return expanduser(text)
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that knows ~ and whose errors name a way out."""
 
     def __init__(self, **options):
         super().__init__(**options)
-        self.register("type", None, expanduser)  # a shell leaves the ~ of --out=~/run as it is
-        self.register("type", Path, lambda text: Path(expanduser(text)))
+        self.register("type", None, named)
+        self.register("type", Path, lambda text: Path(named(text)))
 
     def error(self, message):
         if unknown := re.match(r"unrecognized arguments: ([^\s=]+)", message):

@@ -17,10 +17,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, no_file_beyond, status_of
+from conftest import ROOT, no_file_beyond, refusal, status_of
 from test_model import VARIANTS, lively, tiny, tokens
 
+import sample
 import train
+from data import prepare
 from gated_gpt import GPTConfig, measure, uniform_share
 from plumbing import checkpoint, files, flags, machine, report
 
@@ -280,6 +282,13 @@ def test_a_tilde_is_the_home_folder_in_every_flag_that_is_a_name_or_a_path(monke
     found = parser.parse_args(["--ckpt=~", "--results=~/r", "--prompt=~/x"])
     assert (found.ckpt, found.results, found.prompt) == ("/home/me", Path("/home/me/r"), "~/x")
     assert train.parse_flags(["--init_from=~/a b"]) == {"init_from": "/home/me/a b"}
+
+
+@pytest.mark.parametrize("main, words", [
+    (sample.main, "--ckpt="), (train.main, "--out="), (train.main, "--data="), (prepare.main, "''"),
+    (prepare.main, "a.txt --tokenizer=")])
+def test_an_empty_name_as_of_a_variable_that_is_not_set_is_refused(main, words):
+    assert "the value is empty: leave the flag out, or set the shell variable" in refusal(main, words)
 
 
 # ---- how a script ends -------------------------------------------------------------------------------
