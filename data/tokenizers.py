@@ -99,6 +99,8 @@ class FolderTokenizer:
             raise ValueError(f"{path} is no tokenizer that can be read: {why(path, error)}") from None
         self.tokenizer.no_truncation()  # somebody may have saved it while it cut texts, or filled them up
         self.tokenizer.no_padding()
+        if getattr(self.tokenizer.model, "dropout", None):  # it cut words at random
+            self.tokenizer.model.dropout = None
         self.tokenizer.encode_special_tokens = True  # a text that says <|endoftext|> means these letters
         self.special = {t.content: i for i, t in added.items() if t.special}
         letters = byte_letters() if "ByteLevel" in str(self.tokenizer.decoder) else {}

@@ -551,6 +551,13 @@ def test_settings_saved_in_a_tokenizer_do_not_cut_or_fill_a_text(theirs, saved):
     assert get_tokenizer(saved(used)).encode_ordinary(text) == ids(theirs, text)
 
 
+def test_a_tokenizer_that_was_saved_while_it_cut_words_at_random_cuts_them_as_usual(theirs, saved):
+    used = tokenizers.Tokenizer.from_str(theirs.to_str())
+    used.model.dropout = 0.5
+    text = "def f(x): return x\n" * 20
+    assert get_tokenizer(saved(used)).encode_ordinary(text) == ids(theirs, text) != ids(used, text)
+
+
 @pytest.mark.parametrize("normalizer", [
     normalizers.NFKC(), normalizers.Lowercase(), normalizers.Strip(),
     normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]),
