@@ -99,6 +99,8 @@ def choose_precision(name, device, say=silent, stored=None):
         why = "as asked"
     elif name == "bfloat16":
         dtype, why = torch.bfloat16, "as asked" if able else "as asked; slow, emulated on this hardware"
+    elif stored == torch.float16:
+        why = "float16, as stored, ends at 65,504, and a large activation may be more"
     elif stored == torch.bfloat16 and not able:
         why = "this hardware does not multiply bfloat16"
     elif stored:

@@ -382,14 +382,15 @@ def test_threads_are_as_asked_or_the_quota_or_the_idle_cores(monkeypatch, asked,
     assert said[0].startswith(f"threads  {threads} (" + "as asked" * bool(asked or environment))
 
 
-F32, BF16 = torch.float32, torch.bfloat16
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16  # the last one ends at 65,504
 
 
 @pytest.mark.parametrize("name, device, able, stored, chosen", [  # able: to multiply bfloat16
     ("auto", "cpu", True, None, F32), ("auto", "cuda", True, None, BF16), ("auto", "cuda", False, None, F32),
     ("auto", "cpu", True, BF16, BF16), ("auto", "cpu", False, BF16, F32), ("auto", "cuda", True, F32, F32),
     ("float32", "cuda", True, BF16, F32), ("bfloat16", "cpu", True, F32, BF16),
-    ("bfloat16", "cpu", False, None, BF16)])
+    ("bfloat16", "cpu", False, None, BF16), ("auto", "cpu", True, F16, F32),
+    ("auto", "cuda", True, F16, F32)])
 def test_the_precision_is_as_asked_or_fits_the_hardware(monkeypatch, name, device, able, stored, chosen):
     monkeypatch.setattr(machine, "has_bfloat16", lambda device: able)
     said = []
