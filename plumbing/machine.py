@@ -8,13 +8,14 @@ import signal
 import sys
 import threading
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 CORES = torch.get_num_threads()  # torch's own choice, before a run changes it
+HANGUP = getattr(signal, "SIGHUP", None)  # a closed terminal says it, often twice; not on Windows
 
 
 def silent(text):
@@ -174,7 +175,8 @@ def mean_over_processes(value):
 
 @contextmanager
 def ctrl_c():
-    """A list. Ctrl-C, or a plain kill, adds to it, so that the loop can end after the step under way.
+    """A list. Ctrl-C, a plain kill, or the end of the terminal adds to it, so that the loop can end after the
+    step under way.
 
     A second Ctrl-C does not wait. Under torchrun, and outside the main thread, the list stays empty.
     """
@@ -182,11 +184,14 @@ def ctrl_c():
 
     def press(number, frame):
         pressed.append(number)
-        signal.signal(number, before[number])
-        print("\nstopping after this step, and saving; Ctrl-C again stops now", file=sys.stderr)
+        signal.signal(number, signal.SIG_IGN if number == HANGUP else before[number])
+        with suppress(OSError):  # the terminal may be gone
+            print("\nstopping after this step, and saving; Ctrl-C again stops now", file=sys.stderr)
 
     if not dist.is_initialized() and threading.current_thread() is threading.main_thread():
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        if HANGUP and (handler := signal.getsignal(HANGUP)) != signal.SIG_IGN:  # as nohup makes it
+            before[HANGUP] = handler
         for number in before:
             signal.signal(number, press)
     try:

@@ -415,6 +415,26 @@ def test_the_first_ctrl_c_is_noted_and_the_second_acts_as_before(number, capsys)
     assert restored == mine
 
 
+@pytest.mark.skipif(not machine.HANGUP, reason="this system's terminals do not say that they end")
+def test_the_end_of_the_terminal_is_noted_also_if_it_comes_twice_but_not_under_nohup(monkeypatch):
+    monkeypatch.setattr(machine.sys, "stderr", SimpleNamespace(write=lambda text: os.close(99_999)))  # gone
+    with machine.ctrl_c() as pressed:
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert pressed == [signal.SIGHUP]
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    with machine.ctrl_c() as pressed:
+        os.kill(os.getpid(), signal.SIGHUP)
+    signal.signal(signal.SIGHUP, before)
+    assert pressed == []
+
+
+def test_a_process_that_torchrun_did_not_start_is_alone_whatever_a_cluster_calls_it(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with machine.processes(torch.device("cpu")) as found:
+        assert found == (0, 1) and machine.is_first()
+
+
 # ---- reports -----------------------------------------------------------------------------------------
 
 NAMES = {name: name for name in VARIANTS if "qa" not in name} | {
