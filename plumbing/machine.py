@@ -147,15 +147,20 @@ def try_compile(model, batch, precision, wanted=True, say=silent):
 # ---- several processes, started by torchrun --------------------------------------------------------
 
 
+def is_one_of_several():
+    """Whether torchrun started this process. Some clusters set RANK for a process that is alone, too."""
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+
+
 def is_first():
     """Whether this is the process that speaks and saves."""
-    return os.environ.get("RANK", "0") == "0"
+    return not is_one_of_several() or os.environ["RANK"] == "0"
 
 
 @contextmanager
 def processes(device):
     """(rank, number of processes): joins the processes that torchrun has started, if it has."""
-    if "RANK" not in os.environ:
+    if not is_one_of_several():
         yield 0, 1
         return
     if device.type == "cuda":
