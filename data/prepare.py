@@ -346,7 +346,7 @@ def prepare_files(paths, name=None, tokenizer="bpe2k", overwrite=False):
         if path != STDIN and not path.exists():
             raise FileNotFoundError(f"{path} is not there; sets known by name are {', '.join(SETS)}")
     name = name or re.sub(r"[^\w.-]+", "-", paths[0].stem).strip("-._") or "text"
-    if name in SETS or not re.fullmatch(r"\w[\w.-]*", name):
+    if name.lower() in SETS or not re.fullmatch(r"\w[\w.-]*", name):
         raise ValueError(f"--name={name} must be letters, digits and . _ - only, and not {', '.join(SETS)}")
     if (DATA / name).exists() and not overwrite:
         raise ValueError(f"{DATA / name} is there already: --overwrite replaces it, or choose another --name")

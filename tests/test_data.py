@@ -361,7 +361,8 @@ def test_where_one_file_is_most_of_the_text_the_end_of_each_file_is_held_out(tmp
     ("haiku.txt", "haiku.txt and so on have 1,900 characters of text: give at least 2,000"),
     ("pyhton", "pyhton is not there; sets known by name are python, backcopy, shakespeare, fineweb"),
     *((f"notes.txt --name={name}", f"--name={name} must be letters, digits and . _ - only")
-      for name in ("a/b", "..", ".hidden", "-x", "python", "fineweb")),
+      for name in ("a/b", "..", ".hidden", "-x", "python", "Python", "fineweb")),  # a Mac sees one name there
+    ("notes.txt --shards=3", "--shards=3 is for fineweb only"),
     *((f"fineweb --shards={n}", f"shards={n} must be 1 to 103") for n in (0, -1, 104))])
 def test_what_cannot_be_made_is_refused_without_a_trace(flags, said, notes, small, root, monkeypatch):
     monkeypatch.chdir(notes.parent)
