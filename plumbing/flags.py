@@ -152,6 +152,6 @@ def run_main(main):
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search(FULL_MEMORY, str(error)):
             raise
-        end(2, "the memory is full: try a smaller batch, window or model")
+        end(2, "the memory is full: try a smaller batch, window or model, or less text")
     except KeyboardInterrupt as interrupt:
         end(130, str(interrupt) or "interrupted")

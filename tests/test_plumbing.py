@@ -299,7 +299,7 @@ def raises(error):
     return main
 
 
-FULL = "the memory is full: try a smaller batch, window or model"
+FULL = "the memory is full: try a smaller batch, window or model, or less text"
 
 
 @pytest.mark.parametrize("main, status, said", [
