@@ -51,8 +51,8 @@ def load(path):
                 raise ValueError("a checksum is wrong")
             file.seek(0)
             content = torch.load(file, map_location="cpu", weights_only=True)
-        if content["format"] != FORMAT:
-            raise ValueError(f"its format is {content['format']}, this version reads {FORMAT}")
+        if (found := content.get("format")) != FORMAT:
+            raise ValueError(f"its format is {found or 'unknown'}, this version reads {FORMAT}")
         model = GPT(GPTConfig(**content["config"]))
         model.load_state_dict(content["model"])
     except PermissionError as error:
@@ -105,6 +105,7 @@ class Opened(NamedTuple):
 def open_model(path):
     """The model in a checkpoint, or in the folder of a run or of a released model, as an Opened."""
     path = Path(path)
+    path = path.parent if path.suffix == ".safetensors" else path
     if (path / "config.json").exists():
         from plumbing.released import load_released  # here, because only released models need safetensors
         model = load_released(path)

@@ -638,6 +638,12 @@ def test_a_prompt_is_continued_without_a_bos_in_front_unless_it_is_empty(prompt,
     assert said.rstrip("\n\ufffd") == (prompt + new).rstrip("\n\ufffd") and len(said) > len(prompt) + 9
 
 
+def test_the_file_of_the_weights_means_the_folder_that_it_is_in(released):
+    first, second = (status_of(sample.main, ["--tokens=2", f"--ckpt={name}"])[1]
+                     for name in (released, f"{released}/model.safetensors"))
+    assert first == second and "a released model" in first
+
+
 def test_without_a_prompt_the_token_that_it_starts_from_is_named(released):
     assert "no prompt: the text starts from <|endoftext|>\n" == status_of(
         sample.main, "--ckpt=released --tokens=2")[2]
