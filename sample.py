@@ -56,6 +56,8 @@ def parse_flags(argv=None):
             raise ValueError(f"{name}={value} must be at least {least}, and below 2^31")
     if flags.text and flags.prompt or (flags.text or flags.csv) and not flags.attn_share:
         raise ValueError("--attn_share measures --text in place of a --prompt, and --csv takes what it found")
+    if (flags.layer, flags.head) != (None, None) and not flags.attn_map:
+        raise ValueError("--layer and --head are for --attn_map: give it, too")
     if flags.rope_scaling and not flags.block_size:
         raise ValueError("--rope_scaling is for a longer window than trained: give --block_size, too")
     return flags
@@ -68,7 +70,7 @@ def main(argv=None):
     model, name, released = found.model, flags.tokenizer or found.tokenizer, found.data is None
     tokenizers.check_tokenizer(name, found.sha256)
     print(found.title)
-    if flags.block_size:
+    if flags.block_size is not None:
         model.set_window(flags.block_size, flags.rope_scaling or "none")
     tokenizer, bos, T = tokenizers.get_tokenizer(name), tokenizers.bos_id(name), model.config.block_size
     if tokenizer.n_vocab > model.config.vocab_size:

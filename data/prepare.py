@@ -374,14 +374,16 @@ def main(argv=None):
     parser.add_argument("--name", help="FILES: what to call the set [after the first file]")
     parser.add_argument("--tokenizer", help=f"FILES: {', '.join(BOS)}, or a released model's folder [bpe2k]")
     parser.add_argument("--overwrite", action="store_true", help="FILES: replace the set of that name")
-    parser.add_argument("--shards", type=int, default=1, help=f"fineweb: how many, of {SHARDS} [%(default)s]")
+    parser.add_argument("--shards", type=int, help=f"fineweb: how many, of {SHARDS} [1]")
     flags = parser.parse_args(argv)
+    if flags.shards is not None and "fineweb" not in flags.what:
+        raise ValueError(f"--shards={flags.shards} is for fineweb only: leave it out")
     if not set(flags.what) <= set(SETS):  # a set wins over a file of that name
         return prepare_files(flags.what, flags.name, flags.tokenizer or "bpe2k", flags.overwrite)
     if flags.name or flags.tokenizer:
         raise ValueError(f"{flags.what[0]} has its own name and tokenizer: leave out --name and --tokenizer")
     for name in flags.what:
-        SETS[name](**({"shards": flags.shards} if name == "fineweb" else {}))
+        SETS[name](**({"shards": flags.shards} if name == "fineweb" and flags.shards is not None else {}))
 
 
 if __name__ == "__main__":

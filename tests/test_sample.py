@@ -240,6 +240,8 @@ def test_ckpt_is_a_folder_or_a_file_and_by_default_the_newest_run_with_its_best_
         "tokens=-1", "temperature=-0.1", "temperature=nan", "temperature=inf", "top_k=0", "seed=-1")),
     *((f"--ckpt={name}", name) for name in ("nowhere", "nowhere/last.pt", "empty", "one.txt")),
     ("--prompt=" + os.fsdecode(b"caf\xe9"), r"--prompt: invalid utf8 value: 'caf\\udce9'"),
+    ("--layer=0", "are for --attn_map: give it, too"), ("--head=0", "are for --attn_map"),
+    ("--block_size=0", "block_size=0 must be at least 2"),
     ("--rope_scaling=yarn", "for a longer window than trained: give --block_size, too"),
     ("--text=text.txt", "--attn_share measures --text"), ("--csv=x", "--csv takes what it found"),
     ("--text=text.txt --attn_share --prompt=x", "in place of a --prompt"),
