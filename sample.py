@@ -7,6 +7,8 @@ Text from a trained model:
     python sample.py --prompt="my own text" --tokens=0 --attn_map=map.png
 
 --ckpt takes a checkpoint, a run's folder, or the folder of a released model.
+From BOS on, a text may begin within a word: in training, BOS stands in front of
+windows that are cut anywhere.
 Reading order: parse_flags -> main -> write -> text_blocks -> measure_blocks.
 """
 import sys
