@@ -482,7 +482,8 @@ def test_drawing_writes_a_png_and_leaves_pyplot_as_it_was(tmp_path):
     matplotlib, pyplot = pytest.importorskip("matplotlib"), pytest.importorskip("matplotlib.pyplot")
     before = matplotlib.get_backend(), pyplot.get_fignums(), dict(matplotlib.rcParams)
     names = ["BOS", "$x", "東", "\\n", "🙂", "_", "a", "^"]
-    with warnings.catch_warnings(action="error"):  # none for a letter that the font lacks
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # none for a letter that the font lacks
         warnings.filterwarnings("ignore", "__array__")
         report.draw_maps(lively(tiny(n_layer=3)), tokens(1, 8), names, tmp_path / "map.png")
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
