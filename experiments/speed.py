@@ -12,7 +12,6 @@ runs beside us; nothing of it is in here. `train` and `sample` take train.py's f
 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 a CPU is as most laptops': with AVX2 and no more.
 Reading order: alternate -> ratio_table -> training_table -> to_loss_table -> sampling_table -> main.
 """
-import argparse
 import dataclasses
 import importlib.util
 import math
@@ -33,7 +32,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees its own folder only
 import train
 from data import prepare
-from experiments.runner import RESULTS, ROOT, chip, positive
+from experiments.runner import RESULTS, ROOT, head, positive
+from experiments.tables import table
 from experiments.variants import DECIDED, configs_of
 from gated_gpt import GPT, GPTConfig
 from plumbing.flags import parser_of, run_main
@@ -70,26 +70,33 @@ def alternate(candidates, rounds):
 
 
 def ratio_table(unit, values):
-    """Markdown of {name: [value in each round]}: medians and ranges, also of the ratios to the first name.
-
-    Noise: the rounds do not agree on the side of 1, or there is only one of them.
-    """
+    """Markdown of {name: [value in each round]}: medians and ranges, also of the ratios to the first name."""
     def said(numbers):
         median, *ends = (f"{x:,.0f}" if 999.5 <= x < math.inf else f"{x:#.4g}"
                          for x in (statistics.median(numbers), min(numbers), max(numbers)))
         return median, "-".join(ends)
 
-    base, *_ = values
-    rows = [("", unit, "min-max", "ratio", "min-max", "")]
+    base, rows = next(iter(values)), []
     for name, mine in values.items():
         ratios = [a / b for a, b in zip(mine, values[base])]
         word = ("base" if name == base else "noise" if len(ratios) < 2 or min(ratios) <= 1 <= max(ratios)
                 else "faster" if (min(ratios) > 1) == (unit == "tokens/s") else "slower")
         rows.append((name, *said(mine), *said(ratios), word))
-    widths, sides = [max(map(len, column)) for column in zip(*rows)], "<>>>><"
-    rows.insert(1, ["-" * (w - 1) + "-:"[side == ">"] for w, side in zip(widths, sides)])
-    lines = (" | ".join(f"{cell:{side}{w}}" for cell, side, w in zip(row, sides, widths)) for row in rows)
-    return "".join(f"| {line} |\n" for line in lines)
+    headings = "", unit, "min-max", "ratio", "min-max", ""
+    return table(rows, {i: (heading, "s" if heading else "") for i, heading in enumerate(headings)})
+
+
+TURNS = f"""
+Medians of the rounds, after {WARM_UP} calls to warm up. In a round all take turns, of {SECONDS} s or a call.
+Ratio: to the first in the same round. Noise: ratios on both sides of 1, or one only.
+"""
+
+
+def race(calls, rounds):
+    """The table of {name: (tokens of a call, callable)}."""
+    times = alternate({name: call for name, (_, call) in calls.items()}, rounds)
+    return ratio_table("tokens/s", {name: [1e3 * tokens / t for t in times[name]]
+                                    for name, (tokens, _) in calls.items()})
 
 
 # ---- the tables: each function gets the flags and the values of the configs' fields, returns Markdown --
@@ -111,7 +118,7 @@ def nanogpt(folder, config):
 def training_table(flags, values):
     """Tokens a second in training, with and without the gate, at equal parameters."""
     base, c = train.make_configs(values | {"gate": "none"})
-    device, said, models, steps = choose_device(c.device), [], {}, {}
+    device, said, sizes, steps = choose_device(c.device), [], [], {}
     precision = autocast(choose_precision(c.dtype, device), device)
     base, meta, windows, _ = train.open_data(base, c, device)
 
@@ -125,7 +132,8 @@ def training_table(flags, values):
             i = next(numbers)
             rate = train.learning_rate_at(i, c)
             train.train_step(fast, optimizers, windows.of_step(i, c), rate, c, precision)
-        models[name], steps[name] = model, step
+        sizes.append(f"{name} {sum(p.numel() for p in model.parameters()):,}")
+        steps[name] = c.batch_size * base.block_size, step
 
     if flags.nanogpt:  # first, and so the base
         model, betas = nanogpt(flags.nanogpt, base).to(device), (c.beta1, c.beta2)
@@ -135,13 +143,10 @@ def training_table(flags, values):
         for gate, config in configs_of(["none", "g1"], base).items():
             mine = dataclasses.replace(c, optimizer=optimizer)
             add(f"{gate} {optimizer}", *train.start(config, mine, meta, device)[:2])
-    tokens = c.batch_size * base.block_size
-    speeds = {name: [1e3 * tokens / t for t in mine] for name, mine in alternate(steps, flags.rounds).items()}
-    sizes = (f"{name} {sum(p.numel() for p in model.parameters()):,}" for name, model in models.items())
-    return f"""{ratio_table("tokens/s", speeds)}
+    return f"""{race(steps, flags.rounds)}
 Whole steps of train.py: batch, forward, backward, clipping, optimizer; no logging. Parameters:
 {', '.join(sizes)}.
-"""
+""" + TURNS
 
 
 TARGET = 1.8857  # val loss at which nanoGPT's command ends, the one in its README for a CPU
@@ -177,13 +182,11 @@ def watch(command, folder):
 def to_loss_table(flags, _):
     """Wall time of nanoGPT and of ours until a validation loss on Tiny Shakespeare is reached."""
     _, clone, found = prepare.load("shakespeare"), Path(flags.nanogpt).resolve(), {name: [] for name in RUNS}
-    for name in ("train.py", "data/shakespeare_char/train.bin", "data/shakespeare_char/meta.pkl"):
-        if not (clone / name).is_file():
-            raise ValueError(f"nanogpt={flags.nanogpt} has no {name}: name a clone of nanoGPT in which "
-                             "data/shakespeare_char/prepare.py has run (it takes Tiny Shakespeare from "
-                             "input.txt beside it, or from the network)")
+    if not (clone / "data/shakespeare_char/meta.pkl").is_file():
+        raise ValueError(f"nanogpt={flags.nanogpt} is no clone of nanoGPT in which its "
+                         "data/shakespeare_char/prepare.py has run: run it there first")
     with tempfile.TemporaryDirectory() as out:
-        for seed in tqdm(range(flags.seeds), unit="seed", leave=False, disable=None):
+        for seed in tqdm(range(flags.rounds), unit="seed", leave=False, disable=None):
             for name, recipe in RUNS.items():
                 ours = "--device=cpu", f"--seed={seed}", f"--out={name}-{seed}"
                 script, more, where = (("train.py", [f"--out_dir={out}/theirs"], clone) if name == "nanoGPT"
@@ -206,61 +209,52 @@ Token 1 must be guessed from nothing, so ours is the harder count. In both a tok
 """
 
 
+TOKENS = 1000  # new ones, of each text
+
+
 def sampling_table(flags, values):
     """New tokens a second, with the key/value cache."""
     config, c = train.make_configs(values)
-    device, tables, n, note = choose_device(c.device), [], flags.tokens, ""
-    model, k = GPT(config).to(device), min(5, n)
+    device, tables, n, k, note = choose_device(c.device), [], TOKENS, 5, ""
+    model = GPT(config).to(device)
     if flags.nanogpt:
         rival = nanogpt(flags.nanogpt, config).to(device).eval()
         note = f"\nnanoGPT has no cache; {k} of {n} tokens are timed, at evenly spaced lengths."
     for batch in 1, 16:
         idx, calls = torch.randint(config.vocab_size, (batch, n), device=device), {}  # (B, n)
         if flags.nanogpt:  # without a cache, a token costs a forward of all before it, whoever made them
-            calls["nanoGPT"] = k, lambda idx=idx: [
+            calls[f"nanoGPT x {batch}"] = batch * k, lambda idx=idx: [
                 rival.generate(idx[:, : 1 + int((i + 0.5) * n / k)], 1) for i in range(k)]
-        calls["ours"] = n, lambda idx=idx: list(model.stream(idx[:, :1], n))
-        times = alternate({name: call for name, (_, call) in calls.items()}, flags.rounds)
-        speeds = {f"{name} x {batch}": [1e3 * batch * calls[name][0] / t for t in mine]
-                  for name, mine in times.items()}
-        tables.append(ratio_table("tokens/s", speeds))
+        calls[f"ours x {batch}"] = batch * n, lambda idx=idx: list(model.stream(idx[:, :1], n))
+        tables.append(race(calls, flags.rounds))
     return "\n".join(tables) + f"""
 {n} new tokens after one, for 1 text and for 16 at once; temperature 1, gate {variant(config)}.{note}
-"""
+""" + TURNS
 
 
-MODEL = {f.name for f in dataclasses.fields(GPTConfig)} | {"preset", "device", "threads"}
-TABLES = {  # name: (function, sizes unless flags say otherwise, its flags)
-    "train": (training_table, dict(data="backcopy", n_layer=4, n_head=4, n_embd=128, block_size=64,
-                                   batch_size=12),  # as nanoGPT's command
-              MODEL - DECIDED | {"vocab_size", "data", "batch_size", "dtype", "compile", "rounds"}),
-    "to_loss": (to_loss_table, {}, {"threads", "seeds"}),
-    "sample": (sampling_table, dict(vocab_size=257, n_layer=6, n_head=6, n_embd=384, block_size=1024),
-               MODEL | {"rounds", "tokens"})}
-COUNTS = {"rounds": (5, "turns of each candidate"), "tokens": (1000, "new tokens of a text"),
-          "seeds": (3, "runs of each side")}
-
-
-def parse_flags(argv):
-    """(our own flags, fields of the two configs that were given)"""
-    parser = parser_of(__doc__, "speed.py", "TABLE [--flag=value ...]")
-    parser.add_argument("table", choices=TABLES, help="what is measured")
-    for name, (default, what) in COUNTS.items():
-        parser.add_argument(f"--{name}", type=positive, help=f"{what} [{default}]", default=argparse.SUPPRESS)
-    parser.add_argument("--nanogpt", metavar="FOLDER", default="", help="your clone of nanoGPT")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder [experiments/results]")
-    flags, rest = parser.parse_known_args(argv)
-    given = train.parse_flags(rest)
-    if idle := (vars(flags).keys() & COUNTS.keys() | given.keys()) - TABLES[flags.table][2]:
-        raise ValueError(f"--{min(idle)} does nothing for speed.py {flags.table}: leave it out")
-    flags = argparse.Namespace(**{name: default for name, (default, _) in COUNTS.items()} | vars(flags))
-    return flags, train.PRESETS.get(given.pop("preset", None), {}) | given
+MODEL = {f.name for f in dataclasses.fields(GPTConfig)} | {"device", "threads"}
+TABLES = {  # name: (function, rounds, sizes unless flags say otherwise, the flags of train.py that it takes)
+    "train": (training_table, 5, dict(data="backcopy", n_layer=4, n_head=4, n_embd=128, block_size=64,
+                                      batch_size=12),  # as nanoGPT's command
+              MODEL - DECIDED | {"vocab_size", "data", "batch_size", "dtype", "compile"}),
+    "to_loss": (to_loss_table, 3, {}, {"threads"}),
+    "sample": (sampling_table, 5, dict(vocab_size=257, n_layer=6, n_head=6, n_embd=384, block_size=1024),
+               MODEL)}
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    flags, given = parse_flags(argv)
-    make, sizes, _ = TABLES[flags.table]
+    parser = parser_of(__doc__, "speed.py", "TABLE [--flag=value ...]")
+    parser.add_argument("table", choices=TABLES, help="what is measured")
+    parser.add_argument("--rounds", type=positive, help="turns of each candidate [5; of to_loss 3]")
+    parser.add_argument("--nanogpt", metavar="FOLDER", default="", help="your clone of nanoGPT")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder [experiments/results]")
+    flags, rest = parser.parse_known_args(argv)
+    given = train.parse_flags(rest)
+    make, rounds, sizes, takes = TABLES[flags.table]
+    if idle := given.keys() - takes:
+        raise ValueError(f"--{min(idle)} does nothing for speed.py {flags.table}: leave it out")
+    flags.rounds = flags.rounds or rounds
     values, trains = sizes | given, flags.table == "train"
     c = train.make_configs(values)[1]
     device, cpu = choose_device(c.device), torch.backends.cpu.get_cpu_capability()
@@ -268,17 +262,12 @@ def main(argv=None):
     body = make(flags, values)
     compiled = trains and (device.type == "cuda" if c.compile is None else c.compile)
     dtype = choose_precision(c.dtype, device) if trains else torch.float32
-    text = f"""# speed: {flags.table}
-
-- command: `python experiments/speed.py {shlex.join(argv)}`
-- machine: {device} ({chip(device)}), CPU threads: {torch.get_num_threads()}, torch {torch.__version__}
-- CPU: {cpu}, {'multiplies' if has_bfloat16(torch.device('cpu')) else 'does not multiply'} bfloat16
-- {dtype}{', compiled' * compiled}: {' '.join(f'{k}={v}' for k, v in values.items()) or 'see the commands'}
-
-{body}""" + f"""
-Rounds: {flags.rounds}, after {WARM_UP} calls to warm up; medians. In a round all take turns, each for
-{SECONDS} s or one call. Ratio: to the first in the same round. Noise: ratios on both sides of 1, or one only.
-""" * (flags.table != "to_loss")
+    able = "multiplies" if has_bfloat16(torch.device("cpu")) else "does not multiply"
+    made = head("speed.py", argv, c, 1) | {
+        "CPU": f"{cpu}, {able} bfloat16", "rounds": flags.rounds, f"{dtype}{', compiled' * compiled}":
+        " ".join(f"{name}={value}" for name, value in values.items()) or "see the commands"}
+    made = "\n".join(f"- {what}: {said}" for what, said in made.items())
+    text = f"# speed: {flags.table}\n\n{made}\n\n{body}"
     kind = f"_{device.type}" * (device.type != "cpu") + "_avx2" * (cpu == "AVX2") + "_compiled" * compiled
     path = Path(flags.results, f"speed_{flags.table}{kind}.md")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -81,13 +81,18 @@ def write_csv(path, rows):
                           for key, value in row.items()} for row in rows)
 
 
-def markdown(title, head, note, rows, columns):
-    """A text in Markdown: what made the table, a note on what it means, and the table."""
+def table(rows, columns):
+    """A table in Markdown, of columns {key of a row: (heading, format)}. nan is a dash."""
     def cell(value, form):
         return "-" if value != value else format(value, form)
 
-    table = [[heading for heading, _ in columns.values()],
+    lines = [[heading for heading, _ in columns.values()],
              ["---:" if form else "---" for _, form in columns.values()],
              *([cell(row[key], form) for key, (_, form) in columns.items()] for row in rows)]
-    return "\n".join([f"# {title}\n", *(f"- {what}: {text}" for what, text in head.items()), note,
-                      *(f"| {' | '.join(cells)} |" for cells in table), ""])
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def markdown(title, head, note, rows, columns):
+    """A text in Markdown: what made the table, a note on what it means, and the table."""
+    made = (f"- {what}: {said}" for what, said in head.items())
+    return "\n".join([f"# {title}\n", *made, note, table(rows, columns)])
