@@ -22,7 +22,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees its own folder only
 from data import prepare
-from data.tokenizers import front_ids, get_tokenizer
+from data.tokenizers import front_ids, get_tokenizer, labels
 from experiments import runner
 from experiments.sink_gate import TRUE, Fit, bar, distill, early, far_from, look, losses, masked
 from experiments.tables import markdown, mean, write_csv
@@ -31,6 +31,7 @@ from plumbing import smollm2
 from plumbing.flags import parser_of, run_main
 from plumbing.machine import choose_device, choose_threads
 from plumbing.released import load_released
+from plumbing.report import show_map
 from sample import measure_blocks
 from train import TrainConfig
 
@@ -250,17 +251,12 @@ def draw_sink(model, tokenizer, found, rows):
     from experiments.figures import BLUE, GREY, ORANGE, plt
     figure, ((work, rest), (curve, bars)) = plt.subplots(2, 2, figsize=(8, 7.6), height_ratios=(1.5, 1))
     ids = tokenizer.encode_ordinary(SENTENCE)
-    names = [tokenizer.decode_single_token_bytes(i).decode(errors="replace").replace(" ", "·") for i in ids]
     with torch.no_grad():
         maps = torch.cat(attention_maps(model, torch.tensor([ids], device=model.cos.device))).cpu()
     for axis, what, (layer, head) in zip((work, rest), ("works", "rests"), two_heads(maps)):
-        axis.imshow(maps[layer, :, :, head], cmap="Greys", vmin=0, vmax=1)
+        show_map(axis, maps[layer, :, :, head], labels(ids, tokenizer))
         axis.set_title(f"a head that {what} (layer {layer}, head {head}):\n"
                        f"{maps[layer, :, 0, head].mean():.2f} of its attention on the first token")
-        axis.set_xticks(range(len(ids)), names, rotation=90)
-        axis.set_yticks(range(len(ids)), names)
-        axis.tick_params(length=0)
-        axis.spines[:].set_visible(True)
     ways = (SINK, GREY, ":"), (HIDDEN, ORANGE, "-"), (GATES[0], BLUE, "--")
     starts = range(0, T - 1, 32)
     for what, color, line in ((SLIDE, ORANGE, ":"), (STREAM, GREY, ":"), *ways[1:]):

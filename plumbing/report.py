@@ -149,13 +149,23 @@ def panels_of(maps, layer=None, head=None):
     return [(f"layer {i}" + f", head {head}" * (head is not None), means[i]) for i in sorted(largest)]
 
 
+def show_map(axis, weights, names):
+    """Draw attention weights T x T, between tokens of these names; those below 0.1 are seen, too."""
+    from matplotlib.colors import PowerNorm  # matplotlib is asked for only in these two functions
+    image = axis.imshow(weights, cmap="Greys", norm=PowerNorm(0.5, 0, 1))
+    axis.set_xticks(range(len(names)), names, rotation=90, fontsize=6, parse_math=False)
+    axis.set_yticks(range(len(names)), names, fontsize=6, parse_math=False)
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(True)
+    return image
+
+
 def draw_maps(model, idx, names, path, layer=None, head=None):
     """Draw the attention on idx (1, T), as panels_of chooses: each row is a token, and shows where it looks.
 
     The picture is written to `path`; its ending says which kind it is. `names` are the T tokens as text.
     """
     try:
-        from matplotlib.colors import PowerNorm  # matplotlib is asked for only here
         from matplotlib.figure import Figure  # not pyplot, which would switch backends
     except ImportError:
         raise ValueError("--attn_map needs matplotlib: pip install matplotlib") from None
@@ -168,11 +178,8 @@ def draw_maps(model, idx, names, path, layer=None, head=None):
     for axis in axes.flat[len(panels):]:
         axis.set_axis_off()
     for axis, (title, weights) in zip(axes.flat, panels):
-        image = axis.imshow(weights, cmap="Greys", norm=PowerNorm(0.5, 0, 1))  # 0.05 is seen, too
+        image = show_map(axis, weights, names)
         axis.set_title(f"{title}: {weights[:, 0].mean():.2f} on {names[0]}", fontsize=9, parse_math=False)
-        axis.set_xticks(range(T), names, rotation=90, fontsize=6, parse_math=False)
-        axis.set_yticks(range(T), names, fontsize=6, parse_math=False)
-        axis.tick_params(length=0)
     axes[0][0].set(xlabel="the token looked at", ylabel="the token that looks")
     figure.suptitle(f"Attention; evenly spread, {uniform_share(T):.2f} would be on {names[0]}", fontsize=9)
     bar = figure.colorbar(image, ax=axes, ticks=(0, 0.01, 0.1, 0.5, 1), shrink=0.4, aspect=15)
