@@ -96,9 +96,6 @@ TASKS = {  # the recipes: values of the fields of GPTConfig and TrainConfig
     # The same text with AdamW and QK-norm, as in the paper: no sink at this size.
     "python": dict(data="python", n_layer=4, n_head=4, n_kv_head=2, n_embd=64, block_size=64, batch_size=16,
                    max_steps=500, learning_rate=4e-3, warmup_steps=50, eval_windows=128),
-    # nanoGPT's Tiny Shakespeare for a CPU.
-    "shakespeare": dict(data="shakespeare", n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12,
-                        max_steps=2000),
 }
 # What a comparison decides, so that there are no flags for it.
 DECIDED = {"gate", "gate_kind", "gate_shared", "gate_act", "gate_op", "gate_input", "attention", "sdpa_norm",
