@@ -6,7 +6,7 @@ The paper's comparison, small: every gate and every control of its tables, train
 
 The variants and the tasks are data, in experiments/variants.py. A task has three seeds, and `text` five of
 none and g1. The same command goes on where it was stopped: see experiments/runner.py.
-Reading order: closer_look -> summary -> COLUMNS -> main.
+Reading order: summary -> COLUMNS -> main.
 """
 import dataclasses
 import math
@@ -14,39 +14,14 @@ import statistics
 import sys
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees its own folder only
 import train
-from data.tokenizers import get_tokenizer, labels
-from experiments import runner
+from experiments import movie, runner
 from experiments.tables import MEASURED, NOTE, deviation, good, markdown, mean, measured
 from experiments.variants import DECIDED, TASKS, VARIANTS, configs_of, values_of
-from gated_gpt import Gate, GPTConfig, attention_maps, evaluating
+from gated_gpt import GPTConfig
+from plumbing import checkpoint
 from plumbing.flags import add_flags, run_main
-
-BINS = 40  # of the gate-score histograms
-LOOK = 32  # tokens in the attention maps
-
-
-def closer_look(job, model):
-    """What train.py does not measure, on validation data: a histogram of gate scores, and attention maps."""
-    limits = (0.0, 1.0) if "sigmoid" in job.config.gate_act else (-2.0, 2.0)
-    histogram = torch.zeros(BINS)
-
-    def on_gate(gate, inputs, output):  # what lies beyond the limits counts in the outermost bins
-        histogram.add_(torch.histc(gate.score(inputs[1]).float().cpu().clamp(*limits), BINS, *limits))
-
-    _, meta, _, val_set = train.open_data(job.config, job.c, model.embed.weight.device)
-    idx, _ = val_set.at(val_set.spaced(train.MEASURE_WINDOWS))  # (64, T)
-    gates = [(module, on_gate) for module in model.modules() if isinstance(module, Gate)]
-    with torch.no_grad(), evaluating(model, gates):
-        model(idx)
-    text = idx[len(idx) // 2 + 1, None, :LOOK]  # (1, LOOK); on backcopy one with triggers
-    maps = [layer[0].float().mean(-1).tolist() for layer in attention_maps(model, text)]  # T x T each
-    return {"limits": limits, "histogram": (histogram / histogram.sum()).tolist() if gates else None,
-            "maps": [[[round(p, 3) for p in row] for row in m] for m in maps],
-            "names": labels(text[0].tolist(), get_tokenizer(meta["tokenizer"]), meta["bos"])}
 
 
 def summary(name, config, results):
@@ -115,8 +90,15 @@ def main(argv=None):
     configs = configs_of(names, base)
     more = {"none", "g1"} if task == "text" and not flags.seeds else {}
     seeds = {name: range(5 if name in more else flags.seeds or 3) for name in configs}
-    jobs = runner.plan({name: (config, c) for name, config in configs.items()}, seeds, closer_look)
+    jobs = runner.plan({name: (config, c) for name, config in configs.items()}, seeds)
     results = runner.run_all(jobs, flags.jobs)
+    folders = {job.name: job.folder for job in jobs if job.seed == 0}
+
+    def draw_maps():
+        text, names = movie.text_of(c.data, base.block_size)
+        return figures.draw_maps(results, names, lambda name: movie.maps_of(
+            checkpoint.load(folders[name] / "last.pt")[0], text))
+
     rows = {name: summary(name, config, results) for name, config in configs.items()}
     head = runner.head("compare_gates.py", argv, c, flags.jobs) | {
         "recipe": " ".join(f"{k}={v}" for k, v in sorted(values.items()) if k not in runner.MACHINE)}
@@ -124,7 +106,7 @@ def main(argv=None):
     runner.finish(folder, task, rows.values(), markdown(title, head, NOTE + MORE, rows.values(), COLUMNS),
            show=markdown(title, head, "", rows.values(), short) + f"\nall columns: {folder / task}.md",
            share=lambda: figures.draw_share(rows, results), loss=lambda: figures.draw_loss(rows),
-           scores=lambda: figures.draw_scores(rows, results), maps=lambda: figures.draw_maps(results))
+           maps=draw_maps)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ try:
 except ImportError:
     raise ValueError("the figures need matplotlib: pip install -r experiments/requirements.txt") from None
 
-from experiments.tables import good
+from experiments.tables import good, late_shares
 from gated_gpt import uniform_share
+from plumbing.report import show_map
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "0.55"
 LINES = {  # how a variant's line looks, in every picture that shows several of them
@@ -65,30 +66,24 @@ def grow(axis, runs, start=0, **line):
         band(axis, shares, shares.values(), **line)
 
 
-def panels(count, **options):
-    """A figure with `count` small panels, and their flat list."""
-    columns = min(6, count)
-    lines = math.ceil(count / columns)
-    size = max(6.5, 1.7 * columns), 1.45 * lines + 0.6
-    figure, axes = plt.subplots(lines, columns, squeeze=False, figsize=size, **options)
-    for place in range(count, lines * columns):
-        axes.flat[place].set_axis_off()
-        axes.flat[place - columns].tick_params(labelbottom=True)  # now the lowest of its column
-    return figure, axes.flat[:count]
-
-
 def draw_share(rows, results):
     """First-token share as it grows, a panel for each variant. rows: {variant: row of the csv}"""
     steps = max((row["step"] for run in results.values() for row in run["log"]), default=None)
     if steps is None:  # all diverged before the first evaluation
         return None
-    figure, axes = panels(len(rows), sharex=True, sharey=True)
-    for axis, (name, row) in zip(axes, rows.items()):
+    columns = min(6, len(rows))
+    lines = math.ceil(len(rows) / columns)
+    figure, axes = plt.subplots(lines, columns, squeeze=False, sharex=True, sharey=True,
+                                figsize=(max(6.5, 1.7 * columns), 1.45 * lines + 0.6))
+    for place in range(len(rows), lines * columns):
+        axes.flat[place].set_axis_off()
+        axes.flat[place - columns].tick_params(labelbottom=True)  # now the lowest of its column
+    for axis, (name, row) in zip(axes.flat, rows.items()):
         for wanted, line in ((row["pair"], dict(color=GREY, lw=0.8)), (name, dict(color=BLUE, lw=1.6))):
             grow(axis, [run for (other, _), run in results.items() if other == wanted], **line)
         axis.plot(steps, row["paper_share"], "D", color=ORANGE, ms=4, clip_on=False, zorder=3)  # or nan
         axis.set_title(f"{name}: {row['share']:.3f}", fontweight="bold" if name == row["pair"] else None)
-    axes[0].set_ylim(0, None)
+    axes[0][0].set_ylim(0, None)
     figure.supxlabel("steps")
     figure.supylabel("first-token share")
     figure.suptitle("Attention on the first token. Line, band: mean and range of the seeds; grey: baseline;\n"
@@ -126,50 +121,21 @@ def draw_loss(rows):
     return figure
 
 
-def draw_scores(rows, results):
-    """Histograms of the gate scores of all seeds, a panel for each variant that has a gate."""
-    found = {name: [run for run in good(results, name).values() if run["histogram"]] for name in rows}
-    found = {name: runs for name, runs in found.items() if runs}
-    if not found:
+def draw_maps(results, names, maps_of):
+    """Attention on one text without and with the gate, in the layer of the baseline's strongest sink.
+
+    names: its T tokens; maps_of(variant): a map T x T for each layer, of the run with seed 0.
+    """
+    if not all(0 in good(results, name) for name in ("none", "g1")):
         return None
-    figure, axes = panels(len(found), sharey=True)
-    for axis, (name, runs) in zip(axes, found.items()):
-        (low, high), row = runs[0]["limits"], rows[name]
-        fractions = list(map(statistics.fmean, zip(*(run["histogram"] for run in runs))))
-        width = (high - low) / len(fractions)
-        axis.bar([low + (i + 0.5) * width for i in range(len(fractions))], fractions, width, color=BLUE)
-        axis.axvline(row["gate_score"], color="black", lw=0.8)
-        axis.plot(row["paper_gate_score"], 0.9, "D", color=ORANGE, ms=4, transform=axis.get_xaxis_transform())
-        axis.set(xlim=(low - 2 * width, high + 2 * width), title=f"{name}: {row['gate_score']:.3f}")
-    figure.supxlabel("gate score")
-    figure.supylabel("fraction of scores")
-    figure.suptitle("Gate scores on validation data. Black line and number: mean; diamond: the paper's mean")
-    return figure
-
-
-def show_map(axis, weights, names):
-    """Draw attention weights T x T of tokens of these names; those below 0.1 are seen, too."""
-    image = axis.imshow(weights, cmap="Greys", norm=matplotlib.colors.PowerNorm(0.5, 0, 1))
-    axis.set_xticks(range(len(names)), names, rotation=90, fontsize=6, parse_math=False)
-    axis.set_yticks(range(len(names)), names, fontsize=6, parse_math=False)
-    axis.tick_params(length=0)
-    axis.spines[:].set_visible(True)
-    axis.set(xlabel="the token looked at", ylabel="the token that looks")
-    return image
-
-
-def draw_maps(results):
-    """Attention on the same text without and with the gate, in the layer of the baseline's strongest sink."""
-    runs = {title: good(results, name).get(0) for name, title in (("none", "no gate"), ("g1", "G1 gate"))}
-    if None in runs.values():
-        return None
-    late = [layer["late_first_token_share"] for layer in runs["no gate"]["log"][-1]["layers"]]
+    late = late_shares(results["none", 0]["log"][-1])
     layer = late.index(max(late))
     figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.9))
-    for axis, (title, run) in zip(axes, runs.items()):
-        weights, names = run["maps"][layer], run["names"]
+    for axis, (name, title) in zip(axes, {"none": "no gate", "g1": "G1 gate"}.items()):
+        weights = maps_of(name)[layer]
         image = show_map(axis, weights, names)
-        axis.set_title(f"{title}: {statistics.fmean(row[0] for row in weights):.2f} on BOS "
+        axis.set(xlabel="the token looked at", ylabel="the token that looks")
+        axis.set_title(f"{title}: {weights[:, 0].mean():.2f} on BOS "
                        f"(uniform attention: {uniform_share(len(names)):.2f})")
     figure.colorbar(image, ax=axes, label=f"attention in layer {layer}, mean over heads", shrink=0.8,
                     ticks=(0, 0.01, 0.1, 0.3, 0.6, 1))
