@@ -10,7 +10,7 @@ Times on a shared machine are noisy. So candidates take turns, ratios are formed
 that is now above 1, now below, is called noise. With --nanogpt=FOLDER, your clone of karpathy/nanoGPT, that
 runs beside us; nothing of it is in here. `train` and `sample` take train.py's flags of the model, too. Behind
 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 a CPU is as most laptops': with AVX2 and no more.
-Reading order: alternate -> ratio_table -> training_table -> to_loss_table -> sampling_table -> main.
+Reading order: alternate -> race -> training_table -> to_loss_table -> sampling_table -> main.
 """
 import dataclasses
 import importlib.util

@@ -34,11 +34,11 @@ def variant(config):
 
 # ---- a run's lines and its log.csv -----------------------------------------------------------------
 
-COLUMNS = {  # name in a row: (heading, format). train_loss is the mean over the steps since the row before
-    "step": ("step", "6.0f"), "train_loss": ("train", "8.4f"), "val_loss": ("val", "8.4f"),
-    "bits_per_byte": ("bits/byte", "10.4f"), "tokens_per_second": ("tokens/s", "10,.0f"),
-    "first_token_share": ("share", "7.3f"), "uniform_share": ("(floor)", "8.3f"),
-    "gate_score": ("gate", "7.3f"), "max_activation": ("max|x|", "8.1f")}
+COLUMNS = {  # name in a row: (heading, width, format). train_loss: mean over the steps since the row before
+    "step": ("step", 6, ".0f"), "train_loss": ("train", 8, ".4f"), "val_loss": ("val", 8, ".4f"),
+    "bits_per_byte": ("bits/byte", 10, ".4f"), "tokens_per_second": ("tokens/s", 10, ",.0f"),
+    "first_token_share": ("share", 7, ".3f"), "uniform_share": ("(floor)", 8, ".3f"),
+    "gate_score": ("gate", 7, ".3f"), "max_activation": ("max|x|", 8, ".1f")}
 
 
 def columns_of(attn_share):
@@ -48,18 +48,17 @@ def columns_of(attn_share):
 
 def heading(columns):
     """The headings of these columns, each as wide as its numbers."""
-    cells = ((title, form.split(".")[0].strip(",")) for title, form in (COLUMNS[name] for name in columns))
-    return "".join(f"{title:>{width}}" for title, width in cells)
+    return "".join(f"{title:>{width}}" for title, width, _ in map(COLUMNS.get, columns))
 
 
 def line(row, columns):
     """A row of the log, for the terminal."""
-    return "".join(cell(row[name], COLUMNS[name][1]) for name in columns)
+    return "".join(cell(row[name], *COLUMNS[name][1:]) for name in columns)
 
 
-def cell(number, form):
-    """A number in a format such as 8.3f; nan is a dash of the same width."""
-    return f"{number:{form}}" if number == number else f"{'-':>{form.split('.')[0].strip(',')}}"
+def cell(number, width, form):
+    """A number in a format such as .3f, on the right of so many characters; nan is a dash."""
+    return f"{number:{width}{form}}" if number == number else f"{'-':>{width}}"
 
 
 def write_csv(path, rows, columns):
@@ -105,7 +104,7 @@ def layer_table(layers, T):
         heads = layer["first_token_share_by_head"]
         most = heads.index(max(heads))
         rows.append(f"{i:>5}{layer['first_token_share']:>8.3f}{heads[most]:>11.3f} in {most:<2}"
-                    f"{layer['late_first_token_share']:>10.3f}{cell(layer['gate_score'], '8.3f')}"
+                    f"{layer['late_first_token_share']:>10.3f}{cell(layer['gate_score'], 8, '.3f')}"
                     f"{layer['max_activation']:>9.1f}")
     return "\n".join(rows)
 
@@ -127,7 +126,7 @@ def means_table(layers, name, N, T):
                            "released weights, by others: 512 of web text": RELEASED.get(name)}.items():
         if numbers:
             score, activation, share = numbers
-            rows.append(f"{title:<48}{share:>8.3f}{cell(score, '8.3f')}{cell(activation, '9.1f')}")
+            rows.append(f"{title:<48}{share:>8.3f}{cell(score, 8, '.3f')}{cell(activation, 9, '.1f')}")
     return "\n".join(rows)
 
 
