@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from filelock import FileLock, Timeout  # torch needs it, too
 from tqdm import tqdm
 
 import train
@@ -125,18 +126,11 @@ def folder_of(config, c):
 def alone_in(folder):
     """Whether no other process works in this folder, and none will. The lock ends with its process."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as file:
-        try:
-            if os.name == "nt":
-                import msvcrt
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):  # what the two raise when it is taken
-            yield False
-        else:
+    try:
+        with FileLock(folder / "lock", timeout=0):
             yield True
+    except Timeout:
+        yield False
 
 
 def one_run(job, say=silent):
@@ -175,10 +169,9 @@ def write_json(path, content):
 
 def result_of(job):
     """{"log": [...], "diverged": None or why, and what look has found} of a job that is done."""
-    last, result = job.folder / "last.pt", {}
-    for file in (job.folder / "done.json", job.found):
-        result |= json.loads(file.read_bytes())
-    return result | {"log": checkpoint.load(last)[1]["log"] if last.exists() else []}
+    last = job.folder / "last.pt"
+    done, found = (json.loads(file.read_bytes()) for file in (job.folder / "done.json", job.found))
+    return done | found | {"log": checkpoint.load(last)[1]["log"] if last.exists() else []}
 
 
 def run_all(jobs, at_once):
