@@ -1,7 +1,7 @@
 """
 What the experiments share: runs that are made once and kept.
 
-    jobs = plan({"none": (config, c), "g1": (config, c)}, range(3), closer_look)
+    jobs = plan({"none": (config, c), "g1": (config, c)}, range(3), look)
     results = run_all(jobs, at_once=2)  # {("none", 0): {"log": [...], "diverged": None, ...}, ...}
 
 A run belongs to no experiment. Its folder in out/runs/ is named after all that decides the training: flags,
