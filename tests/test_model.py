@@ -495,15 +495,11 @@ def test_each_new_token_of_a_row_is_that_of_a_plain_forward_over_its_window(bloc
             before = window
 
 
-@pytest.mark.parametrize("options", [dict(temperature=0), dict(temperature=0, top_k=3), dict(top_k=1),
-                                     dict(temperature=5.0, top_k=1), dict(temperature=1e-4),
-                                     dict(temperature=1e-40)], ids=str)
-def test_temperature_zero_and_top_k_one_are_greedy(options):
+@pytest.mark.parametrize("options", [dict(temperature=0, top_k=3), dict(top_k=1), dict(temperature=1e-4),
+                                     dict(temperature=5.0, top_k=1), dict(temperature=1e-40)], ids=str)
+def test_a_temperature_near_zero_or_a_top_k_of_one_is_greedy(options):
     model, idx = lively(tiny()), tokens(2, 4)
-    greedy = idx
-    for _ in range(4):
-        greedy = torch.cat((greedy, model(greedy)[0][:, -1:].argmax(-1)), 1)
-    assert torch.equal(model.generate(idx, 4, **options), greedy)
+    assert torch.equal(model.generate(idx, 4, **options), model.generate(idx, 4, temperature=0))
 
 
 def test_without_options_tokens_are_drawn_from_all_at_temperature_1():
