@@ -19,7 +19,13 @@ from conftest import watching
 import gated_gpt
 from gated_gpt import GPT, GPTConfig, KVCache, rope_table, sample
 
-GATES = ["g1", "g2", "g3", "g4", "g5"]
+
+def choices(name):
+    """What a field of GPTConfig may be. A new choice is tested without a change here, or fails here."""
+    return get_args(GPTConfig.__dataclass_fields__[name].type)
+
+
+GATES = choices("gate")[1:]  # without "none"
 MOE = dict(n_expert=4, n_expert_active=2)
 VARIANTS = {
     **{gate: dict(gate=gate) for gate in ("none", *GATES)},
@@ -226,8 +232,8 @@ def loop_forward(model, row):
 
 # ---- what each variant computes --------------------------------------------------------------------
 
-CHOICES = dict(gate_kind=("elementwise", "headwise"), gate_shared=(False, True), gate_act=tuple(SCORE),
-               gate_op=("multiply", "add"), gate_input=(True, False))
+CHOICES = {name: choices(name) or (True, False)
+           for name in ("gate_kind", "gate_shared", "gate_act", "gate_op", "gate_input")}
 FORMS = [dict(zip(CHOICES, values)) for values in itertools.product(*CHOICES.values())]
 LONGER = dict(head_dim=12, rope_base=20.0, rope_factor=4.0, rope_trained=64)
 SHAPES = {
@@ -236,8 +242,8 @@ SHAPES = {
     "sdpa-silu": dict(sdpa_silu=True), "sandwich": dict(norm="sandwich", n_kv_head=2),
     "tied-other-constants": dict(tie_embeddings=True, rope_base=50.0, norm_eps=0.1, sdpa_norm=True),
     "experts": MOE,
-    **{name: dict(attention=name, n_kv_head=2) for name in ("softmax1", "learned", "softpick")},
-    **{scaling: dict(rope_scaling=scaling, **LONGER) for scaling in ("linear", "yarn")},
+    **{name: dict(attention=name, n_kv_head=2) for name in choices("attention")[1:]},
+    **{scaling: dict(rope_scaling=scaling, **LONGER) for scaling in choices("rope_scaling")[1:]},
 }
 
 
@@ -261,12 +267,6 @@ def assert_agrees_with_loops(model):
         found = model(idx)[0][0].double().numpy()
     error = np.abs(found - expected).max() / max(1, np.abs(expected).max())
     assert error < 1e-5, model.config
-
-
-def test_no_place_and_no_formula_is_left_out_of_the_loops():
-    of_gate, of_score, of_weights = (set(get_args(GPTConfig.__dataclass_fields__[name].type))
-                                     for name in ("gate", "gate_act", "attention"))
-    assert of_gate == {"none", *GATES} and of_score == SCORE.keys() and of_weights == WEIGHTS.keys()
 
 
 @pytest.mark.parametrize("qk_norm", [True, False], ids=["qk-norm", "no-qk-norm"])
@@ -308,7 +308,7 @@ def test_the_defaults_are_a_small_model_with_the_usual_constants_and_a_gate_at_g
         assert tiny(n_embd=n_embd, n_head=1, mlp_hidden=None).mlp_hidden == width
 
 
-@pytest.mark.parametrize("attention", ["softmax1", "learned", "softpick"])
+@pytest.mark.parametrize("attention", choices("attention")[1:])
 def test_other_attentions_stay_finite_at_scores_of_any_size(attention):
     for size in (1e-4, 1.0, 1e3):
         model, idx = lively(tiny(attention=attention, qk_norm=False)), tokens(2, 8)
@@ -335,30 +335,16 @@ def test_another_window_is_that_of_a_config_that_asks_for_it_and_the_own_rope_is
 
 # ---- the start of training -------------------------------------------------------------------------
 
-OPTIONAL = (".gate.", "attn.sdpa_norm.", "_post_norm.")
-
-
-@every_variant
-def test_flipping_the_gate_changes_only_the_gate(variant):
-    for rest in (dict(), MOE, dict(tie_embeddings=True, n_kv_head=2, head_dim=6)):
-        fields = {**rest, **variant}
-        plain = {k: v for k, v in fields.items() if k.split("_")[0] not in ("gate", "sdpa", "norm")}
-        without = seeded(tiny(gate="none", **plain)).state_dict()
-        with_gate = seeded(tiny(**fields)).state_dict()
-        assert without.keys() <= with_gate.keys()
-        for name, value in with_gate.items():
-            same = name in without and torch.equal(value, without[name])
-            assert same or name not in without and any(part in name for part in OPTIONAL), name
-
-
 @pytest.mark.parametrize("change, changed", [
-    (dict(n_kv_head=1), ("k_proj", "v_proj")), (dict(n_layer=1), ("o_proj", "down_proj")),
-    (dict(gate="none", norm="sandwich"), ()), (dict(gate="none", qk_norm=False), ()),
-    (MOE, ()), (dict(tie_embeddings=True), ("lm_head",)), (dict(mlp_hidden=32), (".mlp.",))])
-def test_any_other_flag_leaves_the_matrices_it_does_not_concern_alone(change, changed):
+    *((fields, ("lm_head",) if "tie_embeddings" in fields else ()) for fields in VARIANTS.values()),
+    (dict(n_layer=1), ("o_proj", "down_proj")), (dict(qk_norm=False), ()), (dict(n_kv_head=1), ()),
+    (dict(mlp_hidden=32), ()), (dict(rope_base=50.0, norm_eps=0.1, dropout=0.5), ())], ids=str)
+def test_flipping_the_gate_or_another_flag_leaves_matrices_of_the_same_name_and_shape_alone(change, changed):
     one, other = seeded(tiny(gate="none")).state_dict(), seeded(tiny(**change)).state_dict()
+    assert len(one.keys() & other.keys()) > 10
     for name in one.keys() & other.keys():
-        assert torch.equal(one[name], other[name]) != any(part in name for part in changed), name
+        if one[name].shape == other[name].shape:
+            assert torch.equal(one[name], other[name]) != any(part in name for part in changed), name
 
 
 @pytest.mark.parametrize("fields", [dict(n_layer=1), dict(n_layer=3), MOE,
