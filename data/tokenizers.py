@@ -4,6 +4,7 @@ import codecs
 import hashlib
 import json
 import re
+import sys
 from functools import cache
 from itertools import takewhile
 from pathlib import Path
@@ -81,16 +82,16 @@ class FolderTokenizer:
     """A released model's tokenizer.json, read by the `tokenizers` package, with the methods of tiktoken.
 
     Tokens are bytes written as letters (byte-level: GPT-2, Qwen, Llama 3), or letters, ▁ for a space, and
-    bytes such as <0x0A> (Llama 2, Mistral). Some, as Qwen's, make one letter of e and its accent: bits per
-    byte count what they make of a text. `front`: the ids that it puts in front of a text, often none.
+    bytes such as <0x0A> (Llama 2, Mistral). `front`: the ids that it puts in front of a text, often none.
     """
+    said = False  # that letters are changed
 
     def __init__(self, folder):
         try:
             from tokenizers import Tokenizer  # asked for only here
         except ImportError:
             raise ValueError(f"the tokenizer in {folder} needs a package: pip install tokenizers") from None
-        path = Path(folder, "tokenizer.json")
+        self.path = path = Path(folder, "tokenizer.json")
         try:
             self.tokenizer = Tokenizer.from_file(str(path))
             added = self.tokenizer.get_added_tokens_decoder()
@@ -123,7 +124,13 @@ class FolderTokenizer:
     def ids(self, text, add_special_tokens=False):
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
-    encode_ordinary = ids
+    def encode_ordinary(self, text):
+        ids = self.ids(text)
+        if not self.said and sum(len(self.bytes[i]) for i in ids) - len(text.encode()) not in (0, 1):
+            print(f"{self.path} changes letters (Qwen's makes one of e and its accent): bits per byte count "
+                  "those that it makes of the text", file=sys.stderr)
+            self.said = True
+        return ids
 
     def decode_single_token_bytes(self, token):
         return self.bytes.get(token, b"")

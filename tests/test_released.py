@@ -453,6 +453,13 @@ def test_so_is_one_that_lacks_letters(llama2, saved):
     assert "Ab<unk> 1000" in refusal(sample.main, ["--ckpt=released"])
 
 
+def test_it_is_said_once_that_a_tokenizer_writes_letters_in_another_form(released, capsys):
+    for text in ("naïve", "e\u0301" * 50, "e\u0301" * 50):
+        get_tokenizer(released).encode_ordinary(text)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "tokenizer.json changes letters (" in said
+
+
 @pytest.mark.parametrize("config, generation, start, ends", [  # what the folder names as BOS and EOS
     ({"bos_token_id": 701, "eos_token_id": 700}, None, 701, {700, 701}),
     ({"bos_token_id": None, "eos_token_id": 701}, None, 701, {701}),
