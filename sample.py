@@ -6,9 +6,7 @@ Text from a trained model:
     python sample.py --attn_share --text=FILE   the same on a text, in blocks
     python sample.py --prompt="my own text" --tokens=0 --attn_map=map.png
 
---ckpt takes a checkpoint, a run's folder, or the folder of a released model.
-From BOS on, a text may begin within a word: in training, BOS stands in front of
-windows that are cut anywhere.
+From BOS on, a text may begin within a word: windows are cut anywhere.
 Reading order: parse_flags -> main -> write -> text_blocks -> measure_blocks.
 """
 import sys
@@ -32,7 +30,7 @@ BLOCKS = 64  # of --text, at most
 
 def parse_flags(argv=None):
     parser = parser_of(__doc__, "sample.py", "[--flag=value ...]")
-    parser.add_argument("--ckpt", help="what to sample from [the newest run in out/]")
+    parser.add_argument("--ckpt", help="a run, a checkpoint, or a released model's folder [the newest run]")
     parser.add_argument("--prompt", type=utf8, default="", help="text to continue; -: standard input [none]")
     parser.add_argument("--tokens", type=int, default=256, help="tokens to add [%(default)s]")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: the likeliest token [%(default)s]")
@@ -53,15 +51,14 @@ def parse_flags(argv=None):
     parser.add_argument("--head", type=int, help="with --attn_map: this head [means over heads]")
     flags = parser.parse_args(argv)
     for name, least in (("tokens", 0), ("temperature", 0), ("top_k", 1), ("seed", 0)):
-        value = getattr(flags, name)
-        if value is not None and not least <= value < 2**31:
+        if (value := getattr(flags, name)) is not None and not least <= value < 2**31:
             raise ValueError(f"{name}={value} must be at least {least}, and below 2^31")
-    if flags.text and flags.prompt or (flags.text or flags.csv) and not flags.attn_share:
-        raise ValueError("--attn_share measures --text in place of a --prompt, and --csv takes what it found")
-    if (flags.layer, flags.head) != (None, None) and not flags.attn_map:
-        raise ValueError("--layer and --head are for --attn_map: give it, too")
-    if flags.rope_scaling and not flags.block_size:
-        raise ValueError("--rope_scaling is for a longer window than trained: give --block_size, too")
+    if flags.text and flags.prompt:
+        raise ValueError("--text is measured in place of a --prompt: give one of them")
+    for name, of in {"text": "attn_share", "csv": "attn_share", "layer": "attn_map", "head": "attn_map",
+                     "rope_scaling": "block_size"}.items():
+        if getattr(flags, name) is not None and not getattr(flags, of):
+            raise ValueError(f"--{name} has no effect without --{of}: give both")
     return flags
 
 
@@ -91,8 +88,7 @@ def main(argv=None):
         prompt = read_text("-") if flags.prompt == "-" else flags.prompt
         tokens = tokenizer.encode_ordinary(prompt)  # "<|bos|>" in a prompt is seven characters
         if not front and not tokens:
-            first = tokenizers.bytes_of(bos, tokenizer).decode()
-            print(f"no prompt: the text starts from {first}", file=sys.stderr)
+            print(f"no prompt: from {tokenizers.bytes_of(bos, tokenizer).decode()} on", file=sys.stderr)
         tokens = [*(front if tokens else [bos]), *tokens]
         ends = tokenizers.end_ids(name) if flags.stop else set()
         window = write(model, torch.tensor([tokens], device=device), prompt, tokenizer, ends, flags)
@@ -131,9 +127,7 @@ def write(model, idx, prompt, tokenizer, ends, flags):
 
 def text_blocks(text, tokenizer, bos, T):
     """At most BLOCKS blocks of T tokens (N, T), evenly spaced over a text, each after a BOS if there is one.
-
-    (1, t) with t < T of a short text. ValueError if it has fewer than two tokens.
-    """
+    (1, t) with t < T of a short text. ValueError if it has fewer than two tokens."""
     tokens, first = np.array(tokenizer.encode_ordinary(text)), [] if bos is None else [bos]
     if len(tokens) < 2:
         raise ValueError(f"the text has {len(tokens)} tokens, too few for attention: take a longer one")

@@ -519,7 +519,7 @@ def test_the_file_of_the_weights_means_the_folder_that_it_is_in(released):
 
 
 def test_without_a_prompt_the_token_that_it_starts_from_is_named(released):
-    assert "no prompt: the text starts from <|endoftext|>\n" == status_of(
+    assert "no prompt: from <|endoftext|> on\n" == status_of(
         sample.main, "--ckpt=released --tokens=2")[2]
     assert status_of(sample.main, "--ckpt=released --prompt=a --tokens=2")[2] == ""
 
