@@ -23,11 +23,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script sees its own folder only
 from data import prepare
 from data.tokenizers import front_ids, get_tokenizer, labels
-from experiments import runner
+from experiments import runner, smollm2
 from experiments.sink_gate import TRUE, Fit, bar, distill, early, far_from, look, losses, masked
 from experiments.tables import markdown, mean, write_csv
 from gated_gpt import attention_maps, evaluating, uniform_share
-from plumbing import smollm2
 from plumbing.flags import parser_of, run_main
 from plumbing.machine import choose_device, choose_threads
 from plumbing.released import load_released

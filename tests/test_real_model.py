@@ -16,10 +16,9 @@ from conftest import ROOT, refusal, status_of
 from test_model import lively, tokens
 
 from data.tokenizers import end_ids, get_tokenizer
-from experiments import real_model, sink_gate
+from experiments import real_model, sink_gate, smollm2
 from experiments.sink_gate import TRUE, Fit, distill, early, far_from, instead, look, losses, masked, visible
 from gated_gpt import GPTConfig, evaluating, measure
-from plumbing import smollm2
 from plumbing.released import load_released
 
 gguf = pytest.importorskip("gguf")
