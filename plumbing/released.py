@@ -178,9 +178,8 @@ def save_released(model, folder, **more):
     says = {key: only for key, only in FIXED.items() if only is not None}
     says |= {key: getattr(c, name) for name, key in KEYS.items()}
     if c.rope_scaling != "none":
-        trained = c.rope_trained or round(c.block_size / c.rope_factor)
         says["rope_scaling"] = {"rope_type": c.rope_scaling, "factor": c.rope_factor,
-                                "original_max_position_embeddings": trained}
+                                "original_max_position_embeddings": c.rope_trained}
     family = "llama" if gate == "none" and not c.qk_norm else "qwen3"
     says |= dict(zip(GATE_KEYS, GATES[gate]), model_type=family, qkv_bias=False, attention_bias=False,
                  architectures=[f"{family.capitalize()}ForCausalLM"],
