@@ -1,5 +1,6 @@
 """Claims about README.md and experiments/README.md: commands run, links work, numbers are recorded."""
 import csv
+import itertools
 import re
 import shlex
 import shutil
@@ -111,6 +112,16 @@ def span(numbers, form):
     """From the least to the largest of a csv's numbers, one for each seed."""
     least, *_, largest = (f"{number:{form}}" for number in sorted(map(float, numbers.split())))
     return least if least == largest else f"{least} to {largest}"
+
+
+def test_the_long_windows_are_those_that_were_recorded():
+    scores = {(row["task"], row["variant"], row["rope_scaling"], row["T"]): number(row["score"], ".2f")
+              for row in recorded("long_context")}
+    text, other = " ".join(README.split()), {"none": "without", "g1": "with"}
+    for task, name in itertools.product(("text", "backcopy"), other):
+        rise = f"from {scores[task, name, 'none', '64']} to {scores[task, name, 'none', '512']} {other[name]} "
+        assert rise in text, rise
+    assert f"{scores['text', 'none', 'yarn', '512']} without, {scores['text', 'g1', 'yarn', '512']} with" in text
 
 
 def test_the_shares_and_losses_beside_flags_are_those_that_were_recorded_with_them():
