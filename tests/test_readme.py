@@ -117,11 +117,12 @@ def span(numbers, form):
 def test_the_long_windows_are_those_that_were_recorded():
     scores = {(row["task"], row["variant"], row["rope_scaling"], row["T"]): number(row["score"], ".2f")
               for row in recorded("long_context")}
-    text, other = " ".join(README.split()), {"none": "without", "g1": "with"}
-    for task, name in itertools.product(("text", "backcopy"), other):
-        rise = f"from {scores[task, name, 'none', '64']} to {scores[task, name, 'none', '512']} {other[name]} "
-        assert rise in text, rise
-    assert f"{scores['text', 'none', 'yarn', '512']} without, {scores['text', 'g1', 'yarn', '512']} with" in text
+    text, gates = " ".join(README.split()), {"none": "without", "g1": "with"}
+    for task, (name, gate) in itertools.product(("text", "backcopy"), gates.items()):
+        short, long = (scores[task, name, "none", T] for T in ("64", "512"))
+        assert f"from {short} to {long} {gate} " in text, (task, name)
+    yarn = [scores["text", name, "yarn", "512"] for name in ("none", "g1")]
+    assert "{} without, {} with G1".format(*yarn) in text
 
 
 def test_the_shares_and_losses_beside_flags_are_those_that_were_recorded_with_them():
