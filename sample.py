@@ -98,7 +98,7 @@ def main(argv=None):
         if flags.text:
             print(f"\n{means_table(layers, variant(model.config), *window.shape)}")
         if flags.csv:
-            write_shares(flags.csv, layers, window.size(1))
+            print("\n" + write_shares(flags.csv, layers, window.size(1)))
         if window.size(1) < min(SHORT, model.config.block_size):
             print(f"\nOnly {window.size(1)} tokens: a text this short has a large share even\n"
                   "without a sink. Compare with the floor, and with other models on the same text.")

@@ -110,18 +110,22 @@ def layer_table(layers, T):
 
 
 def write_shares(path, layers, T):
-    """Write measure's dicts as a csv file: a row for each head, with its share and what its layer has."""
+    """Write measure's dicts as a csv file: a row for each head, with its share and what its layer has.
+
+    Returns a sentence that says so.
+    """
     rows = [{"layer": i, "head": head, "share_of_head": share, "uniform_share": uniform_share(T), **layer}
             for i, layer in enumerate(layers)
             for head, share in enumerate(layer["first_token_share_by_head"])]
     write_csv(path, rows, [name for name in rows[0] if name != "first_token_share_by_head"])
+    return f"{path}: {len(rows)} rows, one for each layer and head"
 
 
 def means_table(layers, name, N, T):
     """Means over layers of what measure found, beside what others found for the gate of that name."""
     here = [sum(layer[key] for layer in layers) / len(layers)
             for key in ("gate_score", "max_activation", "first_token_share")]
-    rows = [f"{'means over layers':<48}{'F-Attn':>8}{'gate':>8}{'M-Act':>9}"]
+    rows = [f"{'means over layers':<48}{'share':>8}{'gate':>8}{'max|x|':>9}"]
     for title, numbers in {f"here, {N} x {T} tokens": here, "paper, Table 4: 15A2B MoE": TABLE_4.get(name),
                            "released weights, by others: 512 of web text": RELEASED.get(name)}.items():
         if numbers:
@@ -172,7 +176,7 @@ def draw_maps(model, idx, names, path, layer=None, head=None):
     panels = panels_of([layer[0].float().cpu() for layer in attention_maps(model, idx)], layer, head)
     columns, T = min(3, len(panels)), len(names)
     lines, side = math.ceil(len(panels) / columns), max(3.0, 0.13 * T)
-    figure = Figure(figsize=(columns * side + 0.8, lines * (side + 0.3)), layout="constrained")
+    figure = Figure(figsize=(columns * side + 0.8, lines * (side + 0.7)), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False)
     for axis in axes.flat[len(panels):]:
         axis.set_axis_off()
