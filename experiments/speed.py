@@ -181,7 +181,8 @@ def watch(command, folder):
 
 def to_loss_table(flags, _):
     """Wall time of nanoGPT and of ours until a validation loss on Tiny Shakespeare is reached."""
-    _, clone, found = prepare.load("shakespeare"), Path(flags.nanogpt).resolve(), {name: [] for name in RUNS}
+    prepare.load("shakespeare")  # is it there?
+    clone, found = Path(flags.nanogpt or "").resolve(), {name: [] for name in RUNS}
     if not (clone / "data/shakespeare_char/meta.pkl").is_file():
         raise ValueError(f"nanogpt={flags.nanogpt} is no clone of nanoGPT in which its "
                          "data/shakespeare_char/prepare.py has run: run it there first")
@@ -247,7 +248,7 @@ def main(argv=None):
     parser = parser_of(__doc__, "speed.py", "TABLE [--flag=value ...]")
     parser.add_argument("table", choices=TABLES, help="what is measured")
     parser.add_argument("--rounds", type=positive, help="turns of each candidate [5; of to_loss 3]")
-    parser.add_argument("--nanogpt", metavar="FOLDER", default="", help="your clone of nanoGPT")
+    parser.add_argument("--nanogpt", metavar="FOLDER", help="your clone of nanoGPT")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder [experiments/results]")
     flags, rest = parser.parse_known_args(argv)
     given = train.parse_flags(rest)

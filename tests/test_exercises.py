@@ -107,17 +107,18 @@ def test_every_exercise_can_be_done_and_prints_what_is_shown(exercise, project):
 
 
 def bands(seen):
-    """[(part of the run's command or "", what, lowest, highest)] in a text: in sentences and in a table."""
+    """[(part of the run's command or "", what, lowest, highest)] in a text: in sentences and in tables."""
     names = "share|gate score|val loss|at triggers|elsewhere|value of BOS|of a letter"
     sentence = rf"({names}) (?:of )?(\d\.\d+) to (\d\.\d+)"
     found = [("", *band) for band in re.findall(sentence, " ".join(seen.split()))]
-    lines = [[cell.strip(" `") for cell in line.strip("|").split("|")]
-             for line in seen.splitlines() if line.startswith("|")]
-    for name, *cells in lines[2:]:
-        for i, (what, cell) in enumerate(zip(lines[0][1:], cells)):
-            low, _, high = cell.partition(" to ")
-            of = ("", name + r" +[\d.]+" * i) if lines[0][0] == "printed" else (name, what)
-            found.append((*of, low, high or low))
+    for table in re.findall(r"(?:^\|.*\n)+", seen, re.M):
+        (kind, *names), _, *rows = [[cell.strip(" `") for cell in line.strip("|").split("|")]
+                                    for line in table.splitlines()]
+        for name, *cells in rows:
+            for i, (what, cell) in enumerate(zip(names, cells, strict=True)):
+                low, _, high = cell.partition(" to ")
+                of = ("", name + r" +[\d.]+" * i) if kind == "printed" else (name, what)
+                found.append((*of, low, high or low))
     return found
 
 
