@@ -4,12 +4,12 @@ The numbers of the experiments, and how they are written: means over seeds, csv 
 A row is a dict, and the csv has all of it. A table in Markdown has some of its columns, {key of a row:
 (heading, format)}. nan is a number that is not known, in Markdown a dash.
 """
-import csv
 import math
 import statistics
 
 from experiments.variants import count
 from gated_gpt import uniform_share
+from plumbing import report
 
 
 def mean(values):
@@ -72,13 +72,9 @@ def measured(results, name, config):
 
 def write_csv(path, rows):
     """Rows as a csv file, with five digits, in a folder that is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = list(rows)
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0] if rows else (), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({key: f"{value:.5g}" if isinstance(value, float) else value
-                          for key, value in row.items()} for row in rows)
+    rows = [{key: f"{value:.5g}" if isinstance(value, float) else value for key, value in row.items()}
+            for row in rows]
+    report.write_csv(path, rows, rows[0] if rows else ())
 
 
 def table(rows, columns):
