@@ -80,7 +80,7 @@ class TrainConfig:
 
 
 PRESETS = {
-    # An attention sink on real text, on two cores, in about two minutes: see experiments/sink_on_text.py.
+    # An attention sink on real text, on two cores, in two or three minutes: see experiments/sink_on_text.py.
     "laptop": dict(data="python", n_layer=3, n_head=2, n_embd=64, block_size=64, qk_norm=False,
                    batch_size=32, max_steps=2000, optimizer="muon", learning_rate=8e-3, schedule="wsd",
                    warmup_steps=20, min_lr_ratio=0.0, weight_decay=0.5, eval_every=400, attn_share=True),

@@ -2,7 +2,7 @@
 Can a gate that comes too late remove a sink? A model trains without a gate until its sink stands. Then it
 gets one, and trains on: all weights, or the gate alone. And the reverse: a gated model loses its gate.
 
-    python experiments/late_gate.py --jobs=2             30 runs, an hour
+    python experiments/late_gate.py --jobs=2             30 runs, 1.5 hours
     python experiments/late_gate.py --seeds=1 --steps=100    a trial
 
 By hand, with one seed: `python train.py --preset=sink --gate=none --out=out/first`, and then

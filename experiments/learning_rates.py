@@ -2,7 +2,7 @@
 How large may the learning rate be? The paper's Table 2, small: every rate without a gate, with G1, and with
 the sandwich norm, on real text and with the recipe that grows a sink there.
 
-    python experiments/learning_rates.py --jobs=2       45 runs, 45 minutes
+    python experiments/learning_rates.py --jobs=2       45 runs, 75 minutes
     python experiments/learning_rates.py --seeds=1 --steps=100   a trial
 
 Is the gate's lead larger where the sink is? The share is recorded beside the loss.

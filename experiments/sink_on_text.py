@@ -1,7 +1,7 @@
 """
 What makes an attention sink on real text? The laptop preset without a gate, one thing changed at a time.
 
-    python experiments/sink_on_text.py --jobs=2     51 runs, an hour
+    python experiments/sink_on_text.py --jobs=2     51 runs, 1.5 hours
     python experiments/sink_on_text.py --seeds=1 --steps=100    a trial
 
 First optimizer x QK-norm x weight decay (none, 0.1, the preset's), three seeds. Then widths, each with four
