@@ -51,8 +51,8 @@ def draw(found):
             for kind, start, what in ((before, 0, before), (name, change, gate)):
                 grow(axis, runs[kind], start, color=LINES[what]["color"], ls=LINES[what]["ls"])
             axis.axvline(change, color="black", lw=0.8)
-            axis.set(title=f"{task}: {name}", ylim=(0, None))
-        line[0].set_ylabel("first-token share")
+            axis.set_title(f"{task}: {name}")
+        line[0].set(ylabel="first-token share", ylim=(0, None))  # now that all is drawn: they share it
     figure.supxlabel("steps")
     figure.suptitle("Solid: no gate; dashed: G1; the change at the vertical line; mean and range of the "
                     "seeds.\nThin line: uniform attention")

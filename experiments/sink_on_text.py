@@ -45,8 +45,8 @@ def draw(results):
         for decay, color, line in zip(DECAYS, (GREY, BLUE, ORANGE), (":", "--", "-")):
             runs = [run for (name, _), run in results.items() if name == (optimizer, switch, decay)]
             grow(axis, runs, color=color, ls=line, label=f"weight decay {decay:g}")
-        axis.set(title=f"{optimizer}, QK-norm {switch}", xlabel="steps", ylim=(0, None))
-    axes[0].set_ylabel("first-token share")
+        axis.set(title=f"{optimizer}, QK-norm {switch}", xlabel="steps")
+    axes[0].set(ylabel="first-token share", ylim=(0, None))  # now that all is drawn: they share it
     axes[0].legend(frameon=False, loc="upper left")
     figure.suptitle("Mean and range of the seeds; thin line: uniform attention")
     return figure
