@@ -1,5 +1,6 @@
 """Claims about README.md and experiments/README.md: commands run, links work, numbers are recorded."""
 import csv
+import dataclasses
 import itertools
 import re
 import shlex
@@ -10,14 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from experiments.compare_gates import VARIANTS
+from experiments.variants import TASKS, VARIANTS
 from gated_gpt import uniform_share
-from train import PRESETS, parse_flags
+from train import PRESETS, TrainConfig, make_configs, parse_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 MORE = (ROOT / "experiments/README.md").read_text()
 BLOCKS = re.findall(r"^```sh\n(.+?)^```$", README, re.M | re.S)
+CHOSEN = {"eval_every", "vocab_size", "gate"}  # by the experiment, not by the recipe
 FEWER = {"train.py": ["--max_steps=4", "--eval_every=2"], "sample.py": ["--tokens=5"]}
 
 
@@ -116,6 +118,16 @@ def span(numbers, form):
     """From the least to the largest of a csv's numbers, one for each seed."""
     least, *_, largest = (f"{number:{form}}" for number in sorted(map(float, numbers.split())))
     return least if least == largest else f"{least} to {largest}"
+
+
+@pytest.mark.parametrize("task", ["text", "backcopy", "python"])
+def test_the_recipes_are_those_that_were_recorded(task):
+    table = (ROOT / f"experiments/results/{task}.md").read_text()
+    recipe = dict(word.split("=") for word in re.search(r"^- recipe: (.+)$", table, re.M)[1].split())
+    now = {name: str(value) for part in make_configs({"attn_share": True} | TASKS[task])
+           for name, value in dataclasses.asdict(part).items()}
+    assert len(recipe) > 10 and recipe == recipe | {name: now[name] for name in recipe.keys() - CHOSEN}
+    assert (TrainConfig().grad_clip, TrainConfig().beta1, TrainConfig().grad_accum) == (1.0, 0.9, 1)
 
 
 def test_the_first_screen_has_the_shares_of_the_recipes_five_seeds():

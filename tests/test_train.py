@@ -512,8 +512,12 @@ def test_a_preset_is_a_table_that_makes_sense(preset):
     assert values["max_steps"] % values["eval_every"] == 0  # the last row is as many steps as the others
 
 
-def test_the_gpt2_preset_has_the_size_and_the_tokens_of_gpt_2_small():
+def test_the_gpt2_preset_has_the_size_and_the_tokens_of_gpt_2_small_and_gpu_the_size_of_nanogpts_baby_gpt():
+    gpu, c = train.make_configs(table_of("--preset=gpu")[0])
+    assert (gpu.n_layer, gpu.n_head, gpu.n_embd, gpu.block_size, gpu.dropout) == (6, 6, 384, 256, 0.2)
+    assert (c.batch_size, c.max_steps) == (64, 5000)
     config, c = train.make_configs(table_of("--preset=gpt2 --gate=none")[0])
+    assert 50257 <= config.vocab_size < 50257 + 128 and config.vocab_size % 128 == 0
     with torch.device("meta"):
         assert 115e6 < GPT(config).num_params() < 130e6
     assert c.windows_per_step * config.block_size == 2**19
