@@ -4,7 +4,9 @@ import csv
 import dataclasses
 import itertools
 import math
+import multiprocessing
 import os
+import random
 import re
 import shlex
 import signal
@@ -180,13 +182,33 @@ def test_a_plain_kill_saves_and_names_a_command_that_goes_on(shell):
     with subprocess.Popen(words, stdout=-1, stderr=-1, encoding="utf-8", env=shell) as process:
         any(re.match(r" +\d+0 ", text) for text in process.stdout)  # reads until the first row of the log
         process.terminate()
-        _, err = process.communicate()
+        _, err = process.communicate(timeout=120)
     step = content_of("my run/last.pt")["step"]
     assert process.returncode == 130 and "Traceback" not in err, err
     assert f"stopped at step {step} and saved" in err and step >= 20
     goes_on = shlex.split(re.search(r"python \S*train\.py (.*)", err)[1])
     status, out, _ = status_of(train.main, [*goes_on, f"--max_steps={step + 2}"])
     assert status == 0 and "my run, resumed" in out
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot copy a process")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_run_that_is_killed_at_random_moments_and_resumed_is_the_undisturbed_run():
+    fields = WHOLE | dict(optimizer="muon", schedule="constant", eval_every=5, max_steps=60)
+    dice, last, kills = random.Random(0), Path("run/last.pt"), 0
+    fit(**fields | dict(out="never"))
+    while not last.exists() or content_of()["step"] < 60:
+        child = multiprocessing.get_context("fork").Process(
+            target=lambda: fit(**fields | dict(resume=last.exists(), overwrite=not last.exists())))
+        child.start()
+        child.join(dice.uniform(0, 0.1 * (kills + 1)))  # in a step, in an evaluation, while it saves
+        child.kill()
+        child.join()
+        assert child.exitcode in (0, -signal.SIGKILL)
+        kills += child.exitcode != 0
+    assert kills > 2
+    assert_same_end("run", "never")
+    assert_same(*(rows_of(content_of(f"{run}/last.pt")["log"]) for run in ("run", "never")))
 
 
 # ---- what a run depends on, and what not -----------------------------------------------------------
