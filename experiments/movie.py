@@ -80,15 +80,13 @@ def draw(frames, c, T, path):
     figure, axes = plt.subplot_mosaic([list(GATES), ["share"] * 2], figsize=(7.2, 5.6),
                                       height_ratios=(3.4, 1.3))
     images, lines = {}, {}
-    for gate, title in GATES.items():
-        color = LINES[gate]["color"]
+    for gate in GATES:
         images[gate] = show_map(axes[gate], frames[gate][0][0][layer], names)
         axes[gate].set(xlabel="the token looked at", ylabel="the token that looks")
-        lines[gate], = axes["share"].plot([], [], color=color, lw=2, label=title)
+        lines[gate], = axes["share"].plot([], [], color=LINES[gate]["color"], lw=2)  # as the map's title
     axes["share"].axhline(uniform_share(T), color="black", ls=":", lw=1)
     axes["share"].set(xlim=(0, steps[-1]), ylim=(0, 1), ylabel=f"share in layer {layer}",
                       xlabel="training steps (dotted: uniform attention)")
-    axes["share"].legend(frameon=False, loc="center right")
 
     def show(i):
         for gate, title in GATES.items():
