@@ -104,9 +104,9 @@ def main(argv=None):
         "recipe": " ".join(f"{k}={v}" for k, v in sorted(values.items()) if k not in runner.MACHINE)}
     title, short = f"compare_gates: {task}", {key: COLUMNS[key] for key in SCREEN}
     runner.finish(folder, task, rows.values(), markdown(title, head, NOTE + MORE, rows.values(), COLUMNS),
-           show=markdown(title, head, "", rows.values(), short) + f"\nall columns: {folder / task}.md",
-           share=lambda: figures.draw_share(rows, results), loss=lambda: figures.draw_loss(rows),
-           maps=draw_maps)
+                  show=markdown(title, head, "", rows.values(), short) + f"\nall columns: {folder / task}.md",
+                  share=lambda: figures.draw_share(rows, results), loss=lambda: figures.draw_loss(rows),
+                  maps=draw_maps)
 
 
 if __name__ == "__main__":

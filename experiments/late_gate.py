@@ -1,8 +1,9 @@
 """
 Can a gate that comes too late remove a sink? A model trains without a gate until its sink stands. Then it
-gets one, and trains on: all weights, or the gate alone. And the reverse: a gated model loses its gate.
+gets one, and trains on: all weights, or the gate alone. And the reverse: a gated model loses its gate. As a
+control, one trains on without a gate.
 
-    python experiments/late_gate.py --jobs=2             30 runs, 1.5 hours
+    python experiments/late_gate.py --jobs=2             36 runs, 1.7 hours
     python experiments/late_gate.py --seeds=1 --steps=100    a trial
 
 By hand, with one seed: `python train.py --preset=sink --gate=none --out=out/first`, and then
@@ -23,6 +24,7 @@ LATER = {  # second part: (first part, the gate from now on, what is trained)
     "none, then G1": ("none", "g1", "all"),
     "none, then G1 alone": ("none", "g1", "gate"),
     "G1, then none": ("g1", "none", "all"),
+    "none, then none": ("none", "none", "all"),  # the control: what the fresh start and the steps do alone
 }
 TASKS = "text", "backcopy"
 
@@ -51,8 +53,8 @@ def draw(found):
             for kind, start, what in ((before, 0, before), (name, change, gate)):
                 grow(axis, runs[kind], start, color=LINES[what]["color"], ls=LINES[what]["ls"])
             axis.axvline(change, color="black", lw=0.8)
-            axis.set_title(f"{task}: {name}")
-        line[0].set(ylabel="first-token share", ylim=(0, None))  # now that all is drawn: they share it
+            axis.set_title(name if task == TASKS[0] else "")
+        line[0].set(ylabel=f"first-token share\n{task}", ylim=(0, None))  # all is drawn: they share it
     figure.supxlabel("steps")
     figure.suptitle("Solid: no gate; dashed: G1; the change at the vertical line; mean and range of the "
                     "seeds.\nThin line: uniform attention")
