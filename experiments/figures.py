@@ -63,7 +63,8 @@ def grow(axis, runs, start=0, **line):
         floor = row["uniform_share"]
     if shares:
         axis.axhline(floor, color="black", lw=0.5)
-        band(axis, shares, shares.values(), **line)
+        least = min(2, max(map(len, shares.values())))  # a run that was stopped has a row of its own there
+        band(axis, *zip(*sorted(item for item in shares.items() if len(item[1]) >= least)), **line)
 
 
 def draw_share(rows, results):

@@ -22,6 +22,7 @@ import experiments.variants as variants
 import train
 from data import prepare
 from experiments import compare_gates, late_gate, learning_rates, long_context, movie, runner, sink_on_text
+from experiments.figures import grow, plt
 from experiments.tables import deviation, late_floor, markdown
 from experiments.variants import VARIANTS
 from gated_gpt import GPT, GPTConfig, measure, uniform_share
@@ -390,6 +391,16 @@ def test_a_second_part_starts_where_the_first_ended_with_another_gate(here):
     alone, before = later["none, then G1 alone"][0].state_dict(), first["none"][0].state_dict()
     assert all(torch.equal(alone[name], p) for name, p in before.items())
     assert later["none, then G1"][1]["step"] == 4
+
+
+@pytest.mark.parametrize("runs, steps", [
+    ([[10, 20, 30], [10, 17, 20, 30]], [10, 20, 30]), ([[10, 17, 20], []], [10, 17, 20]), ([[], []], None)])
+def test_a_line_over_steps_has_no_point_where_one_run_was_stopped(runs, steps):
+    axis = plt.figure().add_subplot()
+    grow(axis, [{"log": [dict(step=step, first_token_share=0.1, uniform_share=0.07) for step in run]}
+                for run in runs], start=5, color="red")
+    lines = axis.get_lines()[1:]  # the first is the floor
+    assert [list(line.get_xdata()) for line in lines] == ([[5 + step for step in steps]] if steps else [])
 
 
 @pytest.mark.parametrize("preset, name", movie.NAMES.items())
