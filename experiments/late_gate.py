@@ -3,7 +3,7 @@ Can a gate that comes too late remove a sink? A model trains without a gate unti
 gets one, and trains on: all weights, or the gate alone. And the reverse: a gated model loses its gate. As a
 control, one trains on without a gate.
 
-    python experiments/late_gate.py --jobs=2             36 runs, 1.7 hours
+    python experiments/late_gate.py --jobs=2             36 runs, an hour
     python experiments/late_gate.py --seeds=1 --steps=100    a trial
 
 By hand, with one seed: `python train.py --preset=sink --gate=none --out=out/first`, and then

@@ -14,7 +14,7 @@ part=${1:-} nanogpt=${2:-} results=out/on_a_gpu
 if [ -z "${SMALL:-}" ]; then
     gpu="--n_layer=6 --n_head=6 --n_embd=384 --block_size=256 --batch_size=64"  # nanoGPT's baby GPT
     gpt2="--n_layer=12 --n_head=12 --n_embd=768 --block_size=1024 --batch_size=16 --vocab_size=50304"
-    baby="--max_steps=5000" theirs="" sink="--steps=30000 --n_embd=256 --n_head=8 --learning_rate=4e-3"
+    baby="--max_steps=5000" theirs="" sink="--steps=30000 --n_embd=256 --n_head=8 --learning_rate=2e-3"
 else
     gpu="--n_layer=1 --n_head=2 --n_embd=32 --block_size=32 --batch_size=4" gpt2="$gpu --vocab_size=300"
     baby="$gpu --max_steps=20 --eval_every=10" sink="--steps=40 --n_embd=32"

@@ -160,6 +160,8 @@ def test_the_shares_and_losses_beside_flags_are_those_that_were_recorded_with_th
 
 
 def test_the_sinks_of_late_and_lost_gates_are_those_that_were_recorded():
-    found = {row["run"]: row["first_token_share_by_seed"] for row in recorded("late_gate")}
-    for run in ("none, then G1", "G1, then none"):
-        assert span(found[run], ".2f") in " ".join(README.split()), run
+    found = {(row["task"], row["run"]): row["share_by_seed"] for row in recorded("late_gate")}
+    paragraph = " ".join(re.search(r"\*\*A gate that comes too late.+?\n\n", README, re.S)[0].split())
+    said = itertools.product(("text", "backcopy"), ("none, then G1", "G1, then none"))
+    for run in [("text", "none, then none"), *said]:
+        assert span(found[run], ".2f") in paragraph, run
