@@ -2,9 +2,11 @@
 import csv
 import dataclasses
 import itertools
+import math
 import re
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -165,3 +167,14 @@ def test_the_sinks_of_late_and_lost_gates_are_those_that_were_recorded():
     said = itertools.product(("text", "backcopy"), ("none, then G1", "G1, then none"))
     for run in [("text", "none, then none"), *said]:
         assert span(found[run], ".2f") in paragraph, run
+
+
+def test_the_gates_lead_at_the_lowest_and_the_highest_rate_is_that_which_was_recorded_and_noise_between():
+    rows = {(row["variant"], row["learning_rate"]): row["val_loss_by_seed"].split()
+            for row in recorded("learning_rates")}
+    first, *between, last = (rate for variant, rate in rows if variant == "g1")
+    for rate in (first, *between, last):
+        leads = [float(none) - float(g1) for none, g1 in zip(rows["none", rate], rows["g1", rate])]
+        lead, sd = statistics.mean(leads), statistics.stdev(leads)
+        assert (abs(lead) < 2 * sd / math.sqrt(len(leads))) == (rate in between), rate
+        assert rate in between or f"{lead:.3f} ± {sd:.3f}" in README, rate
