@@ -336,7 +336,7 @@ def test_runs_side_by_side_are_stopped_by_ctrl_c_and_go_on(here, monkeypatch):
 
 
 @pytest.mark.parametrize("script, rows, pictures", [
-    (learning_rates, 3 * 2, 1), (late_gate, 2 * 5, 1), (long_context, 2 * 3 * 3 * 2, 2),
+    (learning_rates, 3 * 2, 1), (late_gate, 2 * 6, 1), (long_context, 2 * 3 * 3 * 2, 2),
     (sink_on_text, 12, 1)], ids=lambda x: getattr(x, "__name__", None))
 def test_an_experiment_trains_tables_and_draws(script, rows, pictures, here, monkeypatch):
     monkeypatch.delitem(variants.TASKS["text"], "n_kv_head")  # in place of widths with one head
