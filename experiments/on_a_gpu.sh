@@ -6,7 +6,7 @@
 #     bash experiments/on_a_gpu.sh sink                  the laptop's sink on text, at four times its width
 #
 # NANOGPT is your own clone of github.com/karpathy/nanoGPT, in which data/shakespeare_char/prepare.py has been run.
-# `sink` is not known to grow one: wider models need a lower rate and more steps (results/sink_on_text_width.md).
+# `sink` is not known to grow one: wider models want a lower rate (results/sink_on_text_width.md), and perhaps more steps.
 # Tables go to out/on_a_gpu, logs to the terminal. SMALL=1 in front tries it all on a CPU, at toy size.
 set -euo pipefail
 part=${1:-} nanogpt=${2:-} results=out/on_a_gpu
